@@ -1,0 +1,39 @@
+"""What all commands share: results on stdout, live progress on stderr, failures in one sentence."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from chimera_cli.events import Listener
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def new_app(help: str) -> typer.Typer:
+    """Return a group of commands that shows its help when called with none."""
+    return typer.Typer(help=help, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+def emit(result: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str, Any]], RenderableType]) -> None:
+    """Print a result on stdout: one JSON object, or what `render` makes of it."""
+    if as_json:
+        typer.echo(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        Console().print(render(result))
+
+
+@contextmanager
+def live(title: str, **limits: float) -> Iterator[Listener]:
+    """Show long work on stderr and yield its listener: a dashboard on a terminal, plain lines elsewhere.
+
+    `limits` are SLO limits by figure name, drawn beside the readings.
+    """
+    from chimera_cli.ui.live import display
+
+    with display(title, limits) as listener:
+        yield listener

@@ -1,0 +1,1 @@
+"""Embeddings become figures: retrieval and zero-shot classification, ties counted against the model."""

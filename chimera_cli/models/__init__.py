@@ -1,0 +1,1 @@
+"""Towers, the dual encoder that joins them, and their weights on disk."""

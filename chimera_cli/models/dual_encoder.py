@@ -1,0 +1,132 @@
+"""The dual encoder: two towers, two projection heads and a learned temperature."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chimera_cli.models.image_tower import ImageTower, build_image_tower
+from chimera_cli.models.text_tower import TextTower, Tokens, build_text_tower
+
+# CLIP clamps the scale at 100 so that logits don't outgrow the loss (Radford et al. 2021, section 2.5).
+MAX_LOGIT_SCALE = math.log(100)
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """All that shapes a dual encoder: what a checkpoint needs beside its tensors.
+
+    `learn_layers`: how many of the text tower's last layers learn, None for all of it. `flipped_view`: an image's
+    feature is the mean over the image and its mirror image.
+    """
+
+    image_weights: str
+    image_size: int
+    image_locked: bool
+    flipped_view: bool
+    text_weights: str
+    learn_layers: int | None
+    max_tokens: int
+    head: Literal["linear", "mlp"]
+    hidden: int
+    dim: int
+    dropout: float
+    temperature: float
+    logit_bias: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the architecture as JSON takes it."""
+        return asdict(self)
+
+
+class LinearHead(nn.Linear):
+    """One matrix, as in CLIP: pooled features (batch, width) -> embedding (batch, dim)."""
+
+
+class MlpHead(nn.Module):
+    """A normalised two-layer perceptron beside a linear shortcut: (batch, width) -> (batch, dim)."""
+
+    def __init__(self, width: int, hidden: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.shortcut = nn.Linear(width, dim)
+        self.expand = nn.Linear(width, hidden)
+        self.contract = nn.Linear(hidden, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the embedding (batch, dim), not yet normalised."""
+        inputs = self.dropout(self.norm(features))
+        hidden = self.dropout(F.gelu(self.expand(inputs)))
+        embedding: Tensor = self.shortcut(inputs) + self.contract(hidden)
+        return embedding
+
+
+class DualEncoder(nn.Module):
+    """Maps images and captions into one space, where matching pairs have a high cosine similarity.
+
+    `encode_*` take what a tower takes, `project_*` take what a tower gives (the way of locked towers, whose pooled
+    features are computed once); both return L2-normalised features (batch, dim).
+    """
+
+    def __init__(self, architecture: Architecture, image_tower: ImageTower, text_tower: TextTower) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.image_tower = image_tower
+        self.text_tower = text_tower
+        self.image_head = _head(architecture, image_tower.width)
+        self.text_head = _head(architecture, text_tower.width)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / architecture.temperature)))
+        bias = architecture.logit_bias
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+
+    def project_image(self, pooled: Tensor) -> Tensor:
+        """Return image_features (batch, dim), L2-normalised, of pooled tower features (batch, width)."""
+        return F.normalize(self.image_head(pooled), dim=-1)
+
+    def project_text(self, pooled: Tensor) -> Tensor:
+        """Return text_features (batch, dim), L2-normalised, of pooled tower features (batch, width)."""
+        return F.normalize(self.text_head(pooled), dim=-1)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Return image_features (batch, dim), L2-normalised, of normalised pixels (batch, 3, S, S)."""
+        return self.project_image(self.image_tower(pixels))
+
+    def encode_text(self, tokens: Tokens) -> Tensor:
+        """Return text_features (batch, dim), L2-normalised, of `input_ids` and `attention_mask` (batch, tokens)."""
+        return self.project_text(self.text_tower(tokens))
+
+    def tokenise(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the tokens of `texts`, cut to the model's `max_tokens`."""
+        return self.text_tower.tokenise(texts, self.architecture.max_tokens)
+
+    def clamp_logit_scale(self) -> None:
+        """Keep the learned temperature in the range CLIP allows: scale between 1 and 100."""
+        with torch.no_grad():
+            self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def build_dual_encoder(architecture: Architecture, pretrained: bool = True) -> DualEncoder:
+    """Return the dual encoder of `architecture`: heads fresh, towers pretrained where asked, locked as it says."""
+    image_tower = build_image_tower(architecture.image_weights, pretrained)
+    text_tower = build_text_tower(architecture.text_weights, pretrained)
+    image_tower.requires_grad_(not architecture.image_locked)
+    text_tower.learn_only(architecture.learn_layers)
+    return DualEncoder(architecture, image_tower, text_tower)
+
+
+def count_parameters(model: nn.Module) -> Mapping[str, int]:
+    """Return how many parameters there are in total and how many of them learn."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {"parameters_total": total, "parameters_learning": learning}
+
+
+def _head(architecture: Architecture, width: int) -> nn.Module:
+    if architecture.head == "linear":
+        return LinearHead(width, architecture.dim, bias=False)
+    return MlpHead(width, architecture.hidden, architecture.dim, architecture.dropout)

@@ -1,0 +1,309 @@
+"""Groups and runs on disk: where they lie, who is latest, and writes of which no reader ever sees half."""
+
+import contextlib
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from chimera_cli.errors import ChimeraError, UsageError
+
+SCHEMA_VERSION = 1
+Status = Literal["running", "finished", "failed", "interrupted"]
+
+
+# ---- places ---------------------------------------------------------------------------------------------------------
+
+
+def home() -> Path:
+    """Return the folder below which everything is written: `CHIMERA_HOME`, else the current folder."""
+    return Path(os.environ.get("CHIMERA_HOME") or ".").expanduser().resolve()
+
+
+def runs_dir(home: Path) -> Path:
+    """Return the folder of all groups."""
+    return home / "runs"
+
+
+def utc_now() -> str:
+    """Return the moment as ISO 8601 in UTC with microseconds, which sorts as text."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace `path` by `value` as JSON in one step, synced to disk. Raises ChimeraError where it can't be written."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step, synced to disk. Raises ChimeraError where it can't be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append `value` as one JSON line and flush it. Raises ChimeraError where it can't be written."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`. Raises ChimeraError when it is missing, cut off, or from a newer schema."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ChimeraError(f"{path} does not exist", "`chimera runs list` shows what has been run") from error
+    except OSError as error:
+        raise ChimeraError(f"{path} can't be read: {error.strerror}", "check the file's permissions") from error
+    except ValueError as error:
+        raise ChimeraError(
+            f"{path} is not valid JSON: {error}", "the file was cut off or edited; run it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ChimeraError(f"{path} holds no JSON object", "the file was edited; run it again")
+    version = value.get("schema_version", SCHEMA_VERSION)
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise ChimeraError(
+            f"{path} has schema version {version}, this chimera reads up to {SCHEMA_VERSION}", "update chimera"
+        )
+    return value
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file ([] without one), leaving out a last line that a crash cut short."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ChimeraError(f"{path}:{number} is not valid JSON", "the file was edited; run it again") from error
+    return rows
+
+
+def cannot_write(path: Path, error: OSError) -> ChimeraError:
+    """Return the one sentence for a file that can't be written: full disk, no permission, anything else."""
+    hints = {
+        28: "free some space or set CHIMERA_HOME to another disk",
+        13: "set CHIMERA_HOME to a folder you may write",
+    }
+    hint = hints.get(error.errno or 0, "set CHIMERA_HOME to a folder that can be written")
+    return ChimeraError(f"{path} can't be written: {error.strerror or error}", hint)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path` (made if need be); a second process waits until the first lets go."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One command's work on one or more seeds: `facts` is the content of its group.json."""
+
+    path: Path
+    facts: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def kind(self) -> str:
+        return str(self.facts["kind"])
+
+    @property
+    def status(self) -> str:
+        return str(self.facts["status"])
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(self.facts["seeds"])
+
+    def seed_dir(self, seed: int) -> Path:
+        """Return the folder of one seed, whether it exists or not."""
+        return self.path / f"seed-{seed}"
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return the result.json of every seed that has one, in the order of the seeds."""
+        paths = [self.seed_dir(seed) / "result.json" for seed in self.seeds]
+        return [read_json(path) for path in paths if path.exists()]
+
+
+def create_group(home: Path, kind: str, label: str, seeds: Sequence[int], facts: Mapping[str, Any]) -> Group:
+    """Make `runs/<kind>-<label>-<UTC time>/` with its group.json (status `running`) and one folder per seed.
+
+    `facts` are added to group.json: pack, config and source hashes, hardware, command. Two groups begun in the same
+    second get different names. Raises ChimeraError where the folder can't be written.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    clean = re.sub(r"[^A-Za-z0-9_.]+", "-", label).strip("-.")
+    base = "-".join(part for part in (kind, clean, stamp) if part)
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        path = runs_dir(home) / (base + suffix)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        break
+    else:
+        raise ChimeraError(f"{path} and 999 names beside it are taken", "wait a second and try again")
+    group = Group(
+        path,
+        {"schema_version": SCHEMA_VERSION, "kind": kind, "label": label, "status": "running", "created_at": utc_now()}
+        | {"finished_at": None, "seeds": list(seeds), "pid": os.getpid(), "test_looks": 0}
+        | dict(facts),
+    )
+    write_json(path / "group.json", group.facts)
+    for seed in seeds:
+        group.seed_dir(seed).mkdir(exist_ok=True)
+    return group
+
+
+def update_group(group: Group, **changes: Any) -> Group:
+    """Return the group with `changes` written into group.json, read anew under a lock so that none is lost."""
+    with locked(group.path / ".lock"):
+        facts = read_json(group.path / "group.json") | changes
+        write_json(group.path / "group.json", facts)
+    return Group(group.path, facts)
+
+
+def finish_group(group: Group, status: Status) -> Group:
+    """Return the group marked as over."""
+    return update_group(group, status=status, finished_at=utc_now())
+
+
+def count_test_look(group: Group) -> int:
+    """Count one more look at the test split in group.json and return how many there have been."""
+    with locked(group.path / ".lock"):
+        facts = read_json(group.path / "group.json")
+        looks = int(facts.get("test_looks", 0)) + 1
+        write_json(group.path / "group.json", facts | {"test_looks": looks})
+    return looks
+
+
+def list_groups(home: Path, kind: str | None = None) -> list[Group]:
+    """Return all groups with a readable group.json, the newest first by its `created_at`."""
+    folder = runs_dir(home)
+    if not folder.is_dir():
+        return []
+    groups = []
+    for path in folder.iterdir():
+        if not (path / "group.json").is_file():
+            continue
+        group = Group(path, read_json(path / "group.json"))
+        if kind is None or group.kind == kind:
+            groups.append(group)
+    return sorted(groups, key=lambda group: (str(group.facts["created_at"]), group.name), reverse=True)
+
+
+def resolve_run(home: Path, name: str, kind: str = "train") -> tuple[Group, int | None]:
+    """Return the group that `name` means, and the seed when it names one (`GROUP/seed-1`).
+
+    `latest` is the finished group of `kind` that finished last; anything else is a group or a unique prefix of one.
+    Raises UsageError naming what there is when nothing or more than one group fits.
+    """
+    wanted, _, rest = name.strip("/").removeprefix("runs/").partition("/")
+    group = latest_group(home, kind) if wanted == "latest" else _by_prefix(home, wanted)
+    if not rest:
+        return group, None
+    match = re.fullmatch(r"seed-(\d+)", rest)
+    if match is None or int(match[1]) not in group.seeds:
+        seeds = ", ".join(f"seed-{seed}" for seed in group.seeds)
+        raise UsageError(f"{group.name} has no {rest!r}", f"its seeds are {seeds}")
+    return group, int(match[1])
+
+
+def latest_group(home: Path, kind: str = "train") -> Group:
+    """Return the finished group of `kind` with the newest `finished_at`. Raises UsageError when there is none."""
+    finished = [group for group in list_groups(home, kind) if group.status == "finished"]
+    if not finished:
+        started = list_groups(home, kind)
+        detail = f"; the newest, {started[0].name}, is {started[0].status}" if started else ""
+        raise UsageError(f"there is no finished {kind} run below {runs_dir(home)}{detail}", _how_to_make(kind))
+    return max(finished, key=lambda group: str(group.facts["finished_at"]))
+
+
+def _by_prefix(home: Path, prefix: str) -> Group:
+    groups = list_groups(home)
+    exact = [group for group in groups if group.name == prefix]
+    fitting = exact or [group for group in groups if prefix and group.name.startswith(prefix)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise UsageError(
+            f"{prefix!r} fits {len(fitting)} runs: {', '.join(g.name for g in fitting[:4])}", "type more of the name"
+        )
+    near = difflib.get_close_matches(prefix, [group.name for group in groups], n=3, cutoff=0.3)
+    hint = f"did you mean {', '.join(near)}?" if near else "`chimera runs list` shows what has been run"
+    raise UsageError(f"no run is called {prefix!r} below {runs_dir(home)}", hint)
+
+
+def _how_to_make(kind: str) -> str:
+    commands = {
+        "train": "run `chimera train full --config configs/train/locked.yaml --seeds 0,1,2`",
+        "sanity": "run `chimera train sanity --seed 0`",
+        "bench-loader": "run `chimera bench loader`",
+        "bench-encoders": "run `chimera bench encoders`",
+    }
+    return commands.get(kind, "`chimera runs list` shows what has been run")
+
+
+# ---- identity -------------------------------------------------------------------------------------------------------
+
+
+def source_hash() -> str:
+    """Return the SHA-256 over all Python files of the package, by path and content: what the figures were made with.
+
+    Not the git commit: a change of the README makes no evidence stale, an uncommitted change of the code does.
+    """
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def content_hash(value: Any) -> str:
+    """Return the SHA-256 of `value` as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()).hexdigest()

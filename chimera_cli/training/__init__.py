@@ -1,0 +1,1 @@
+"""Losses, features of locked towers, optimiser, schedule and the loop."""
