@@ -4,6 +4,9 @@ The run folder is the truth. Events only wake the worker; it reads metrics.jsonl
 files beside them, sends what the store has not got yet and notes how far it came in `mlflow.json`. Whatever could not
 be sent therefore waits in the run folder, and `sync` is the same delivery once more: nothing is lost, nothing doubled.
 
+The thread leaves the talking to a child process of low priority. MLflow's import alone costs seconds of processor and
+300 MB, which would count as the training's own in `pairs_per_s` and `ram_peak_gb`; and a child can be stopped.
+
 A group is one MLflow run, its seeds are nested runs. A seed's metrics carry the names of metrics.jsonl; beside them
 `result/<figure>`, `best/<split>/<figure>` (the best checkpoint, evaluated) and `system/<reading>`. Files up to
 `ARTIFACT_LIMIT` go along, so the heads of a locked recipe do and whole towers stay in the run folder.
@@ -15,13 +18,15 @@ import functools
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn
+from typing import IO, Any, Literal
 
 import yaml
 
@@ -63,30 +68,34 @@ class _Store:
 
 
 @dataclass(slots=True)
+class _News:
+    """What the run tells of itself before its result files do: `ended` and `endings` are MLflow's words for it."""
+
+    live: bool = False
+    ended: str = "KILLED"
+    started: dict[int, str] = field(default_factory=dict)
+    learning: set[int] = field(default_factory=set)
+    endings: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class _Memory:
     """What one process remembers between deliveries; the ledgers on disk hold what must outlive it."""
 
-    live: bool = False
-    started: dict[int, str] = field(default_factory=dict)
-    learning: set[int] = field(default_factory=set)
     known: dict[str, bool] = field(default_factory=dict)
     offsets: dict[Path, int] = field(default_factory=dict)
     clocks: dict[Path, tuple[float, float]] = field(default_factory=dict)
 
-    def rewind(self) -> None:
-        """Read all files from their start again; the ledgers' markers keep their lines from doubling."""
-        self.offsets.clear()
-        self.clocks.clear()
-
 
 @dataclass(frozen=True, slots=True)
 class _Signals:
-    """How the training thread talks to the worker; `trouble` holds the worker's last failure, if any."""
+    """How the training thread talks to the worker; `trouble` holds its last failure, `courier` its child, if any."""
 
     wake: threading.Event = field(default_factory=threading.Event)
     closing: threading.Event = field(default_factory=threading.Event)
     documents: threading.Event = field(default_factory=threading.Event)
     trouble: list[str] = field(default_factory=list)
+    courier: "list[subprocess.Popen[str]]" = field(default_factory=list)
 
 
 # ---- what training and `runs sync` call -----------------------------------------------------------------------------
@@ -96,24 +105,26 @@ class _Signals:
 def track(home: Path, group: Group, announce: Listener = ignore, patience_s: float | None = None) -> Iterator[Listener]:
     """Yield a listener that delivers `group` to MLflow from a worker thread while its seeds run.
 
-    Leave the block after `finish_group`: leaving sends the rest and waits for it `patience_s` at most (default: 10 for
-    a server, 30 for the local store, which takes seconds to create). What is not sent by then stays in the run folder
-    and `announce` hears a warning that names `chimera runs sync`. Files must be written before their event is told.
+    Leaving the block sends the rest and waits for it `patience_s` at most (default: 10 for a server, 30 for the local
+    store, which takes seconds to create). What is not sent by then stays in the run folder and `announce` hears a
+    warning that names `chimera runs sync`. Files must be written before their event is told.
     """
-    memory, signals = _Memory(live=True), _Signals()
-    worker = threading.Thread(target=_work, args=(home, group.path, memory, signals), name="mlflow", daemon=True)
+    news, signals = _News(live=True), _Signals()
+    worker = threading.Thread(target=_work, args=(home, group.path, news, signals), name="mlflow", daemon=True)
     worker.start()
     try:
-        yield functools.partial(_hear, memory, signals)
+        yield functools.partial(_hear, news, signals)
+        news.ended = "FINISHED"
+    except Exception:
+        news.ended = "FAILED"
+        raise
     finally:
-        signals.closing.set()
-        signals.wake.set()
-        uri = tracking_uri(home)
-        worker.join((10.0 if is_server(uri) else 30.0) if patience_s is None else patience_s)
-        trouble = "it takes too long to answer" if worker.is_alive() else "".join(signals.trouble[-1:])
+        local = not is_server(tracking_uri(home))
+        in_time = _close(worker, signals, (30.0 if local else 10.0) if patience_s is None else patience_s)
+        trouble = "".join(signals.trouble[-1:]) if in_time else "it takes too long to answer"
         if trouble:
-            remedy = f"`chimera runs sync {group.name}` delivers what is missing"
-            announce(Note(f"MLflow at {_public(uri)} has not got everything: {trouble}; {remedy}", "warning"))
+            where, remedy = _public(tracking_uri(home)), f"`chimera runs sync {group.name}` delivers what is missing"
+            announce(Note(f"MLflow at {where} has not got everything: {trouble}; {remedy}", "warning"))
 
 
 def sync(home: Path, group: Group) -> Delivered:
@@ -126,7 +137,7 @@ def sync(home: Path, group: Group) -> Delivered:
         raise ChimeraError(f"{group.name} is being delivered by another process", "wait until that process is done")
     with claim:
         try:
-            return _deliver(_connect(home), group.path, _Memory(), documents=True)
+            return _deliver(_connect(home), group.path, _News(), _Memory(), documents=True)
         except ChimeraError:
             raise
         except Exception as error:
@@ -146,47 +157,123 @@ def is_server(uri: str) -> bool:
     return re.match(r"https?://|databricks", uri) is not None
 
 
-# ---- the worker -----------------------------------------------------------------------------------------------------
+# ---- the worker and its child ---------------------------------------------------------------------------------------
 
 
-def _hear(memory: _Memory, signals: _Signals, event: Event) -> None:
+def _hear(news: _News, signals: _Signals, event: Event) -> None:
     """Note who is learning; wake the worker for what is rare, let it find steps and readings at its next turn."""
     if isinstance(event, RunStarted):
-        memory.started.setdefault(event.seed, runs.utc_now())
-        memory.learning.add(event.seed)
+        news.started.setdefault(event.seed, runs.utc_now())
+        news.learning.add(event.seed)
+        news.endings.pop(event.seed, None)
     elif isinstance(event, RunFinished):
-        memory.learning.discard(event.seed)
+        news.learning.discard(event.seed)
+        news.endings[event.seed] = _STATUS[event.status]
     if isinstance(event, RunStarted | RunFinished | Saved):
         signals.documents.set()
         signals.wake.set()
 
 
-def _work(home: Path, path: Path, memory: _Memory, signals: _Signals) -> None:
-    """Deliver every few seconds until told to close; after a failure keep silent for a while."""
-    with contextlib.ExitStack() as held:
-        store: _Store | None = None
-        claim: IO[str] | None = None
-        quiet_until, last = 0.0, False
-        while not last:
-            signals.wake.wait(_PAUSE_S)
-            signals.wake.clear()
-            last = signals.closing.is_set()
-            if time.monotonic() < quiet_until:
-                continue
-            due = signals.documents.is_set() or last
-            signals.documents.clear()
-            signals.trouble.clear()
-            try:
-                if claim is None:
-                    claim = held.enter_context(_claim(path) or _refuse())
-                store = store or _connect(home)
-                memory.live = not last
-                _deliver(store, path, memory, documents=due)
-            except Exception as error:  # noqa: BLE001 - whatever MLflow raises, the run goes on and sync mends it
-                memory.rewind()
-                signals.documents.set()
-                signals.trouble.append(_reason(error))
-                quiet_until = time.monotonic() + _RETRY_S
+def _close(worker: threading.Thread, signals: _Signals, patience_s: float) -> bool:
+    """Return whether the worker got everything done within `patience_s`; its child is stopped where it did not."""
+    signals.closing.set()
+    signals.wake.set()
+    try:
+        worker.join(patience_s)
+        return not worker.is_alive()
+    finally:
+        while worker.is_alive():
+            # Looked at anew each time: the worker may be about to start one.
+            for courier in tuple(signals.courier):
+                courier.kill()
+            worker.join(0.05)
+
+
+def _work(home: Path, path: Path, news: _News, signals: _Signals) -> None:
+    """Have the group delivered every few seconds until told to close; after a failure keep silent for a while."""
+    quiet_until, last = 0.0, False
+    while not last:
+        signals.wake.wait(_PAUSE_S)
+        signals.wake.clear()
+        last = signals.closing.is_set()
+        if time.monotonic() < quiet_until:
+            continue
+        documents = signals.documents.is_set() or last
+        signals.documents.clear()
+        order = {"live": not last, "ended": news.ended, "documents": documents, "learning": list(news.learning)}
+        trouble = _ask(home, path, signals, order | {"started": dict(news.started), "endings": dict(news.endings)})
+        signals.trouble.clear()
+        if trouble:
+            signals.trouble.append(trouble)
+            signals.documents.set()
+            quiet_until = time.monotonic() + _RETRY_S
+    for courier in signals.courier:
+        courier.communicate()
+
+
+def _ask(home: Path, path: Path, signals: _Signals, order: Mapping[str, Any]) -> str:
+    """Return why the child could not carry out `order`, nothing where it did; a child that ended is replaced."""
+    answer, reason = "", "the process that talks to it ended"
+    try:
+        if not signals.courier:
+            signals.courier.append(_start_courier(home, path))
+        courier = signals.courier[0]
+        # Both are pipes, see _start_courier.
+        assert courier.stdin is not None
+        assert courier.stdout is not None
+        courier.stdin.write(json.dumps(order) + "\n")
+        courier.stdin.flush()
+        answer = courier.stdout.readline()
+    except OSError as error:
+        reason = _reason(error)
+    if answer:
+        return str(json.loads(answer)["trouble"])
+    for courier in signals.courier:
+        courier.communicate()
+    signals.courier.clear()
+    return reason
+
+
+def _start_courier(home: Path, path: Path) -> "subprocess.Popen[str]":
+    """Return a child that carries out orders; in a session of its own, so that Ctrl-C does not reach it."""
+    package = str(Path(__file__).parents[1])
+    search = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, "-m", "chimera_cli.tracking", str(home), str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def _serve(home: Path, path: Path) -> None:
+    """Carry out the worker's orders, one JSON line each, and answer each in one line, until there are no more."""
+    os.nice(10)
+    # Whatever MLflow prints must not be taken for an answer.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    store: _Store | None = None
+    claim: IO[str] | None = None
+    memory = _Memory()
+    for line in sys.stdin:
+        order = json.loads(line)
+        seeds = {name: {int(seed): value for seed, value in order[name].items()} for name in ("started", "endings")}
+        news = _News(order["live"], order["ended"], learning=set(order["learning"]), **seeds)
+        trouble = ""
+        try:
+            claim = claim or _claim(path)
+            if claim is None:
+                raise ChimeraError("another process is delivering it")
+            store = store or _connect(home)
+            _deliver(store, path, news, memory, documents=order["documents"])
+        except Exception as error:  # noqa: BLE001 - whatever MLflow raises, the run goes on and sync mends it
+            # Files are read from their start again; the ledgers' markers keep their lines from doubling.
+            memory = _Memory()
+            trouble = _reason(error)
+        answers.write(json.dumps({"trouble": trouble}) + "\n")
+        answers.flush()
 
 
 def _claim(path: Path) -> IO[str] | None:
@@ -201,10 +288,6 @@ def _claim(path: Path) -> IO[str] | None:
         file.close()
         return None
     return file
-
-
-def _refuse() -> NoReturn:
-    raise ChimeraError("another process is delivering it")
 
 
 def _connect(home: Path) -> _Store:
@@ -229,11 +312,11 @@ def _connect(home: Path) -> _Store:
 # ---- one delivery ---------------------------------------------------------------------------------------------------
 
 
-def _deliver(store: _Store, path: Path, memory: _Memory, documents: bool) -> Delivered:
+def _deliver(store: _Store, path: Path, news: _News, memory: _Memory, documents: bool) -> Delivered:
     """Send what is new in the group folder `path`: rows always, finished files, figures and status if `documents`."""
     group = Group(path, runs.read_json(path / "group.json"))
     identity = f"{group.kind} {group.facts['created_at']} {group.facts.get('pid')}"
-    parent, made = _ensure_run(store, path, group.name, identity, _group_tags(group), group, memory, None)
+    parent, made = _ensure_run(store, path, group.name, identity, _group_tags(group), group, news, memory, None)
     total = Delivered(runs=made)
     if parent is None:
         return total
@@ -243,19 +326,19 @@ def _deliver(store: _Store, path: Path, memory: _Memory, documents: bool) -> Del
             continue
         tags = _group_tags(group) | {"chimera.seed": str(seed)} | _git_tags(directory)
         child, made = _ensure_run(
-            store, directory, f"seed-{seed}", f"{identity} {seed}", tags, group, memory, parent["run_id"]
+            store, directory, f"seed-{seed}", f"{identity} {seed}", tags, group, news, memory, parent["run_id"]
         )
         if child is None:
             continue
         sent = _send_rows(store, directory, child, memory)
         if documents:
-            over = not (memory.live and seed in memory.learning)
+            over = not (news.live and seed in news.learning)
             sent += _send_documents(store, directory, child, over)
-            _send_status(store, directory, child, _seed_status(group, seed, memory), _moment(directory, "finished_at"))
+            _send_status(store, directory, child, _seed_status(group, seed, news), _moment(directory, "finished_at"))
         total += sent + Delivered(runs=made)
     if documents:
         total += _send_documents(store, path, parent, over=False)
-        _send_status(store, path, parent, _group_status(group, memory), group.facts.get("finished_at"))
+        _send_status(store, path, parent, _group_status(group, news), group.facts.get("finished_at"))
     return total
 
 
@@ -270,6 +353,7 @@ def _ensure_run(
     identity: str,
     tags: Mapping[str, str],
     group: Group,
+    news: _News,
     memory: _Memory,
     parent_id: str | None,
 ) -> tuple[dict[str, Any] | None, int]:
@@ -282,7 +366,7 @@ def _ensure_run(
     if run_id is not None and (state := _state(store, run_id, memory)) != "unknown":
         return (ledger if state == "active" else None), 0
     seed = None if parent_id is None else int(directory.name.removeprefix("seed-"))
-    started_at = _moment(directory, "started_at") or memory.started.get(-1 if seed is None else seed)
+    started_at = _moment(directory, "started_at") or news.started.get(-1 if seed is None else seed)
     started_at = started_at or str(group.facts["created_at"])
     experiment = _experiment(store, f"chimera-{group.kind}")
     found = store.client.search_runs([experiment], filter_string=f"tags.`chimera.id` = '{identity}'", max_results=1)
@@ -321,7 +405,9 @@ def _experiment(store: _Store, name: str) -> str:
     found = store.client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(store.client.create_experiment(name, artifact_location=store.artifacts))
+            # The tag opens MLflow's pages on model training; without it they open on chat traces.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            return str(store.client.create_experiment(name, artifact_location=store.artifacts, tags=tags))
         except MlflowException:
             # Another process may have made it in between; a second look decides.
             found = store.client.get_experiment_by_name(name)
@@ -446,7 +532,7 @@ def _send_documents(store: _Store, directory: Path, ledger: dict[str, Any], over
 
 
 def _documents(directory: Path, over: bool) -> list[Path]:
-    names = ["group.json", "config.yaml", "environment.json", "result.json", *(_AT_THE_END if over else ())]
+    names = ["config.yaml", "environment.json", "result.json", *(_AT_THE_END if over else ())]
     paths = [directory / name for name in names]
     return [path for path in paths if path.is_file()] + sorted((directory / "evaluations").glob("*.json"))
 
@@ -484,17 +570,20 @@ def _send_status(store: _Store, directory: Path, ledger: dict[str, Any], status:
     _write_ledger(directory, store.key, ledger)
 
 
-def _seed_status(group: Group, seed: int, memory: _Memory) -> str:
+def _seed_status(group: Group, seed: int, news: _News) -> str:
     path = group.seed_dir(seed) / "result.json"
-    if seed in memory.learning and memory.live:
+    if news.live and seed in news.learning:
         return "RUNNING"
+    if seed in news.endings:
+        return news.endings[seed]
     if path.exists():
         return _STATUS[runs.read_json(path)["status"]]
-    return _STATUS.get(group.status, "RUNNING" if memory.live else "KILLED")
+    return _group_status(group, news)
 
 
-def _group_status(group: Group, memory: _Memory) -> str:
-    return "RUNNING" if memory.live else _STATUS.get(group.status, "KILLED")
+def _group_status(group: Group, news: _News) -> str:
+    """Return the group's status; one that is still `running` when its process delivers no more has ended as told."""
+    return "RUNNING" if news.live else _STATUS.get(group.status, news.ended)
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------
@@ -509,7 +598,8 @@ def _group_tags(group: Group) -> dict[str, str]:
         "chimera.group": group.name,
         "chimera.device": hardware.get("gpu") or hardware.get("cpu"),
         "chimera.pack": (facts.get("pack") or {}).get("name"),
-        "mlflow.source.name": facts.get("command"),
+        "chimera.command": facts.get("command"),
+        "mlflow.source.name": "chimera",
         "mlflow.source.type": "LOCAL",
         "mlflow.user": os.environ.get("USER"),
     }
@@ -590,3 +680,7 @@ def _reason(error: BaseException) -> str:
     """Return the first line of an error, which may hold a whole HTTP exchange."""
     text = str(error).strip().splitlines()
     return _public(text[0][:200]) if text else type(error).__name__
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]), Path(sys.argv[2]))

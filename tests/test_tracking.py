@@ -273,26 +273,30 @@ def test_a_dead_server_holds_nobody_up_and_sync_delivers_later(
 ) -> None:
     group = new_group(home, (0,))
     notes: list[Any] = []
-    with (
-        caplog.at_level(logging.WARNING),
-        pytest.raises(KeyboardInterrupt),
-        tracking.track(home, group, notes.append, patience_s=0.0) as listener,
-    ):
-        listener(RunStarted(group.name, "train", 0, str(group.seed_dir(0))))
-        whole_seed(group, 0)
-        listener(RunFinished(0, "finished"))
-        group = finish_group(group, "finished")
-        raise KeyboardInterrupt
+
+    def interrupted_run() -> None:
+        with tracking.track(home, group, notes.append, patience_s=0.0) as listener:
+            listener(RunStarted(group.name, "train", 0, str(group.seed_dir(0))))
+            whole_seed(group, 0)
+            listener(RunFinished(0, "finished"))
+            raise KeyboardInterrupt
+
+    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
+        interrupted_run()
+    finish_group(group, "interrupted")
     assert [note.level for note in notes if isinstance(note, Note)] == ["warning"]
     assert f"chimera runs sync {group.name}" in notes[0].message
     assert "secret" not in notes[0].message
     for thread in threading.enumerate():
         if thread.name == "mlflow":
             thread.join()
+    assert caplog.records == []
     with pytest.raises(ChimeraError, match="did not take"):
         tracking.sync(home, group)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert tracking.sync(home, group).runs == 2
+    assert run_of(home, group.path).info.status == "KILLED"
+    assert run_of(home, group.seed_dir(0)).info.status == "FINISHED"
     assert len(history(home, group.seed_dir(0), "loss")) == STEPS
     assert len(read_json_lines(group.seed_dir(0) / "metrics.jsonl")) == STEPS + 1
 
@@ -303,3 +307,14 @@ def test_two_processes_never_deliver_the_same_group(home: Path) -> None:
     assert held is not None
     with held, pytest.raises(ChimeraError, match="another process"):
         tracking.sync(home, group)
+
+
+def test_a_child_that_died_is_told_and_replaced(home: Path) -> None:
+    group = new_group(home, (0,))
+    signals = tracking._Signals()
+    order = {"live": True, "ended": "KILLED", "documents": True, "learning": [], "started": {}, "endings": {}}
+    for _ in range(2):
+        signals.courier.append(tracking._start_courier(home, group.path))
+        signals.courier[0].kill()
+        assert tracking._ask(home, group.path, signals, order) != ""
+        assert signals.courier == []

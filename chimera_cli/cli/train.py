@@ -9,7 +9,7 @@ from rich.console import RenderableType
 
 from chimera_cli.cli.common import Json, emit, live, new_app
 from chimera_cli.errors import ExitCode
-from chimera_cli.figures import format_spread, format_value
+from chimera_cli.figures import FIGURES, format_spread, format_value
 from chimera_cli.runs import home
 
 app = new_app("Train a dual encoder: first the proof of life, then the real thing.")
@@ -68,20 +68,25 @@ def _with_data(changes: list[str] | None, data: str | None) -> list[str]:
 
 
 def _sanity_table(result: Mapping[str, Any]) -> RenderableType:
+    from rich.text import Text
+
     from chimera_cli.ui.tables import facts
 
     figures, details = result["figures"], result["details"]
-    names = ("loss_first", "loss_last", "loss_drop", "loss_tail_mean", "chance_loss")
+    verdict = Text("alive: the loss fell for the right reason", "green")
+    if not details["passed"]:
+        verdict = Text("no proof of life", "bold red")
+    names = ("loss_first", "loss_last", "loss_drop", "loss_tail_mean", "chance_loss", "wall_s", "pairs_per_s")
     rows = [
-        (name, format_value(name, figures[name]))
-        for name in (*names, "wall_s", "pairs_per_s", "vram_peak_gb", "ram_peak_gb")
+        (FIGURES[name].label, format_value(name, figures[name])) for name in (*names, "vram_peak_gb", "ram_peak_gb")
     ]
-    verdict = "[green]alive: the loss fell for the right reason[/]" if details["passed"] else "[red]no proof of life[/]"
-    used = f"{details['updates']} updates of batch {details['batch']} at {details['image_size']} px, {details['precision']} on {details['device']}"
-    return facts(
-        f"proof of life, seed {result['seed']}",
-        [("verdict", verdict), ("run", result["group"]), ("setting", used), *rows],
+    size, kind = (
+        f"batch {details['batch']} at {details['image_size']} px",
+        f"{details['precision']} on {details['device']}",
     )
+    setting = f"{details['updates']} updates, {size}, {kind}"
+    head = [("verdict", verdict), ("run", result["group"]), ("setting", setting)]
+    return facts(f"proof of life, seed {result['seed']}", [*head, *rows])
 
 
 def _full_table(result: Mapping[str, Any]) -> RenderableType:
@@ -91,6 +96,6 @@ def _full_table(result: Mapping[str, Any]) -> RenderableType:
     rows = [("run", result["group"]), ("seeds", seeds)]
     for name, summary in (result["dev"] | result["figures"]).items():
         if summary is not None:
-            label = f"dev {name}" if name in result["dev"] else name
+            label = ("dev " if name in result["dev"] else "") + FIGURES[name].label
             rows.append((label, format_spread(name, summary["mean"], summary["std"], summary["n"])))
     return facts("trained", rows)

@@ -15,7 +15,7 @@ _DEPTH = 3  # how far below the given folder files are looked for: archive folde
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source: `path` inside it, `label` as an error names it, `stamp` (time or CRC-32) for its identity."""
+    """One file of a source: `path` inside it, `label` as errors name it, `stamp` (time or CRC-32) for its identity."""
 
     path: PurePosixPath
     label: str
@@ -28,8 +28,9 @@ class SourceFile:
 def open_source(origin: Path, complete: Callable[[Sequence[SourceFile]], bool]) -> Iterator[list[SourceFile]]:
     """Yield the files of a folder or of one zip file; archives stay open inside.
 
-    Zip files in a folder count when what lies there unpacked is not `complete`, and come after it. Raises UsageError where `origin` does not exist, ChimeraError
-    where it is empty, or a zip file is none or has entries that climb out of it.
+    Zip files in a folder count when what lies there unpacked is not `complete`, and come after it. Raises UsageError
+    where `origin` does not exist, ChimeraError where it is empty, or where a zip file is none or has entries that
+    climb out of it.
     """
     if not origin.exists():
         raise UsageError(f"{origin} does not exist", "give --from the folder or zip file that holds the data set")
@@ -87,7 +88,7 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise ChimeraError(
-            f"{path} is not a zip file, or was cut off", "download it again, or give --from a folder"
+            f"{path} is not a zip file, or was cut off", "delete it and get it again, or give --from a folder"
         ) from error
     except OSError as error:
         raise ChimeraError(f"{path} can't be read: {error.strerror or error}", "check its permissions") from error

@@ -5,7 +5,7 @@ import re
 # Words that a horizontal flip turns into a lie. "left" is often the past of "leave"; keeping such an image unflipped
 # costs nothing, flipping "the dog on the left" teaches the model that sides mean nothing.
 _SIDE = re.compile(
-    r"\b(?:left|right|leftmost|rightmost|left(?:-| )hand(?:ed)?|right(?:-| )hand(?:ed)?|(?:anti|counter)?-?clockwise)\b",
+    r"\b(?:left|right|leftmost|rightmost|(?:left|right)hand(?:ed)?|(?:anti|counter)?clockwise)\b",
     re.IGNORECASE,
 )
 

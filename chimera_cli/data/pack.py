@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,26 +49,23 @@ _BLOCK_BYTES = 1 << 22
 class CaptionTable:
     """The captions of one split, ordered by image and then by caption index.
 
-    `image_positions` (captions,) int64 says for each caption where its image stands within the split's index array.
+    `image_positions` (captions,) int64 says for each caption where its image stands within the split's index array,
+    which has `image_count` entries.
     """
 
     image_positions: np.ndarray
     texts: tuple[str, ...]
+    image_count: int
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def by_image(self, images: int | None = None) -> list[range]:
-        """Return, for each of `images` image positions, the rows of its captions; an empty range where it has none.
-
-        Without `images` the list ends at the last image that has a caption.
-        """
+    def by_image(self) -> list[range]:
+        """Return for each image of the split the rows of its captions; an empty range where it has none."""
         import numpy as np
 
-        if images is None:
-            images = int(self.image_positions[-1]) + 1 if len(self.texts) else 0
-        edges = np.searchsorted(self.image_positions, np.arange(images + 1)).tolist()
-        return [range(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+        edges = np.searchsorted(self.image_positions, np.arange(self.image_count + 1)).tolist()
+        return [range(start, stop) for start, stop in pairwise(edges)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +124,18 @@ class Pack:
         positions[indices] = np.arange(len(indices))
         rows = np.flatnonzero(positions[images] >= 0)
         texts = self._captions["text"]
-        return CaptionTable(positions[images[rows]], tuple(texts[row] for row in rows.tolist()))
+        return CaptionTable(positions[images[rows]], tuple(texts[row] for row in rows.tolist()), len(indices))
+
+    def image_ids(self, split: str) -> np.ndarray:
+        """Return one number per image of a split, (n,) int64; equal for images whose source files are identical.
+
+        Flickr8k has two such photos in its training split: their captions are no negatives of each other.
+        """
+        import numpy as np
+
+        hashes = self._items["sha256"]
+        first = {sha: index for index, sha in reversed(list(enumerate(hashes)))}
+        return np.asarray([first[hashes[index]] for index in self.split_indices(split).tolist()], dtype=np.int64)
 
     @cached_property
     def _items(self) -> dict[str, list[Any]]:
@@ -168,9 +177,11 @@ def list_packs(data_dir: Path) -> list[Pack]:
 
 
 def default_pack(data_dir: Path) -> Pack | None:
-    """Return the newest pack that was not made by `toy`, else the newest toy, else None."""
+    """Return the newest pack that was not made by `toy`, else the newest toy, else None; checked as by `open_pack`."""
     packs = list_packs(data_dir)
-    return max(packs, key=lambda pack: (pack.manifest["source"] != "toy", pack.manifest["created_at"]), default=None)
+    if not packs:
+        return None
+    return open_pack(data_dir, max(packs, key=lambda p: (p.manifest["source"] != "toy", p.manifest["created_at"])).name)
 
 
 def open_pack(data_dir: Path, name: str, *, check: bool = True) -> Pack:
@@ -213,7 +224,7 @@ def verify_pack(pack: Pack, listener: Listener = ignore) -> list[str]:
     if fingerprint(pack.manifest["content"]) != pack.fingerprint:
         problems.append(f"{pack.path / MANIFEST}: the fingerprint does not belong to the content")
     if not problems:
-        problems += [problem for problem in _surface_problems(pack, times=False)]
+        problems += _surface_problems(pack, times=False)
     if not problems and any(times[name] != facts["mtime_ns"] for name, facts in pack.manifest["files"].items()):
         files = {name: dict(facts, mtime_ns=times[name]) for name, facts in pack.manifest["files"].items()}
         write_json(pack.path / MANIFEST, dict(pack.manifest, files=files))
@@ -305,7 +316,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption to be written; `image` is the position of its image among the items, `index` counts within the image."""
+    """A caption to be written; `image` is its image's position among the items, `index` counts within the image."""
 
     image: int
     index: int
@@ -546,7 +557,7 @@ def _describe(
 def _file_facts(path: Path, listener: Listener) -> dict[str, Any]:
     stat = path.stat()
     return {
-        "sha256": hash_file(path, listener, 0, stat.st_size),
+        "sha256": hash_file(path, listener, 0, stat.st_size if path.name == IMAGES else 0),
         "bytes": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
     }

@@ -6,6 +6,7 @@ same, and each of a scene's five captions says all of its meaning in other words
 that pixels and captions are the same on every machine.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from chimera_cli.data.pack import Caption, Item
+from chimera_cli.data.pack import Caption, Item, Picture
 
 COUNTS = {"train": 2_000, "dev": 300, "test": 300}
 DEFAULT_SIZE = 96
@@ -248,14 +249,14 @@ def _grid(size: int) -> tuple[Coordinates, Coordinates]:
 
 def _texture(name: str, dx: Coordinates, dy: Coordinates, period: int) -> Mask:
     """Return where the darker second tone goes."""
-    if name == "striped":
-        return (dx + dy) // period % 2 == 1
-    if name == "checked":
-        return (dx // period + dy // period) % 2 == 1
+    if name == "plain":
+        return np.zeros((1, 1), dtype=np.bool_)
     if name == "dotted":
         u, v = dx % (2 * period) - period, dy % (2 * period) - period
         return 3 * (u * u + v * v) <= 2 * period * period
-    return np.zeros((1, 1), dtype=np.bool_)
+    bands: Coordinates = (dx + dy) // period if name == "striped" else dx // period + dy // period
+    mask: Mask = bands % 2 == 1
+    return mask
 
 
 def _circle(dx: Coordinates, dy: Coordinates, r: int) -> Mask:
@@ -310,7 +311,7 @@ _SHAPES: dict[str, Callable[[Coordinates, Coordinates, int], Mask]] = {
 
 @dataclass(frozen=True)
 class Toy:
-    """All scenes in the order of the splits, with what `write_pack` needs; `pictures` are drawn when iterated."""
+    """All scenes in the order of the splits, and their rows and captions; `draw_all` draws them."""
 
     scenes: tuple[Scene, ...]
     items: tuple[Item, ...]
@@ -334,7 +335,8 @@ def make_toy(counts: dict[str, int] | None = None, seed: int = 0) -> Toy:
     return Toy(tuple(scenes), items, captions)
 
 
-def draw_all(toy: Toy, size: int, seed: int = 0) -> Iterator[NDArray[np.uint8]]:
-    """Yield the scenes as (size, size, 3) uint8 in order."""
+def draw_all(toy: Toy, size: int, seed: int = 0) -> Iterator[Picture]:
+    """Yield the scenes drawn, `size` pixels wide, in order."""
     for number, scene in enumerate(toy.scenes):
-        yield draw(scene, size, seed, number)
+        pixels = draw(scene, size, seed, number)
+        yield Picture(pixels, hashlib.sha256(pixels.tobytes()).hexdigest(), size, size)

@@ -1,5 +1,6 @@
 """Image towers from timm: pixels in, pooled features out."""
 
+import difflib
 from collections import OrderedDict
 from typing import Any
 
@@ -67,7 +68,7 @@ def build_image_tower(weights: str, pretrained: bool = True) -> ImageTower:
         backbone = _create(weights, pretrained=pretrained)
     except Exception as error:
         if isinstance(error, RuntimeError) and "Unknown model" in str(error):
-            near = ", ".join(timm.list_models(f"*{weights.partition('.')[0][:12]}*")[:3])
+            near = ", ".join(difflib.get_close_matches(weights.partition(".")[0], timm.list_models(), n=3))
             raise UsageError(f"timm knows no model {weights!r}", f"did you mean {near or DEFAULT_IMAGE}?") from error
         raise hub_failed(weights, error, DEFAULT_IMAGE) from error
     settings: dict[str, Any] = resolve_model_data_config(backbone)

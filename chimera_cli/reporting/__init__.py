@@ -1,1 +1,1 @@
-"""PLACEHOLDER"""
+"""Reports from result files alone: Markdown, HTML and plots."""

@@ -20,10 +20,10 @@ from chimera_cli.reporting.document import (
     spans,
 )
 
-# Signs that could begin markup, HTML or an entity anywhere in a line (CommonMark 0.31, section 2.4).
-_SPECIAL = re.compile(r"([\\`*_\[\]<|~&])")
+# What could begin markup, HTML or an entity (CommonMark 0.31); `a_b` and `x < y` can't and stay readable.
+_SPECIAL = re.compile(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w)|<(?=[a-zA-Z/!?])|&(?=[#\w]))")
 # What begins a heading, list, quote or rule at the start of a paragraph.
-_AT_START = re.compile(r"^(\s*)([#>+=-]|\d+(?=[.)]))")
+_AT_START = re.compile(r"^(\s*\d*)([#>+=.)-])")
 
 
 def render(document: Document) -> str:

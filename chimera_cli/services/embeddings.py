@@ -94,7 +94,8 @@ def mean_direction(views: "torch.Tensor") -> "torch.Tensor":
 
 def project_views(model: "DualEncoder", pooled: "torch.Tensor") -> "torch.Tensor":
     """Return image_features (n, dim) of pooled features (n, views, width): each view projected, then averaged."""
-    return mean_direction(model.project_image(pooled.flatten(0, 1)).unflatten(0, pooled.shape[:2]))
+    images, views, _width = pooled.shape
+    return mean_direction(model.project_image(pooled.flatten(0, 1)).view(images, views, -1))
 
 
 def pooled_image_features(

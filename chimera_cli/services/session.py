@@ -78,16 +78,7 @@ def seed_session(
     tell(RunStarted(group.name, group.kind, seed, str(directory), total_steps, dict(config)))
 
     def finish(figures: Mapping[str, float | None], details: Mapping[str, Any]) -> dict[str, Any]:
-        result = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": group.kind,
-            "seed": seed,
-            "status": "finished",
-            "started_at": started_at,
-            "finished_at": utc_now(),
-            "figures": dict(figures),
-            "details": dict(details),
-        }
+        result = _result(group, seed, started_at, figures, details)
         write_json(directory / "result.json", result)
         tell(Saved(str(directory / "result.json"), "result"))
         tell(RunFinished(seed, "finished", dict(figures)))
@@ -102,6 +93,21 @@ def seed_session(
     except BaseException:
         tell(RunFinished(seed, "failed"))
         raise
+
+
+def _result(
+    group: Group, seed: int, started_at: str, figures: Mapping[str, float | None], details: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": group.kind,
+        "seed": seed,
+        "status": "finished",
+        "started_at": started_at,
+        "finished_at": utc_now(),
+        "figures": dict(figures),
+        "details": dict(details),
+    }
 
 
 def recorder(directory: Path) -> Listener:

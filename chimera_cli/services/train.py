@@ -2,40 +2,26 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from chimera_cli.config import Heads, ImageTower, Loss, Optimiser, SanityConfig, TextTower, TrainConfig
 from chimera_cli.errors import ChimeraError
 from chimera_cli.events import Listener, Note, ignore
-from chimera_cli.runs import Group
+from chimera_cli.services.inputs import Workbench, dev_evaluation, training_batches, warm_caches
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from numpy.typing import NDArray
-    from torch import Tensor
 
     from chimera_cli.data.pack import Pack
     from chimera_cli.models.dual_encoder import Architecture, DualEncoder
-    from chimera_cli.models.text_tower import Tokens
     from chimera_cli.services.session import SeedSession
     from chimera_cli.training.loop import Figures, Outcome
 
 # The law compares 200 updates: loss[0] against loss[200], and the mean of the last ten losses against chance.
 _TAIL = 10
 SANITY_LOSS_DROP = 0.15
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What all seeds of a group share: the pack, the device and the precision to compute in."""
-
-    pack: "Pack"
-    device: "torch.device"
-    precision: Literal["float32", "bfloat16", "float16"]
 
 
 # ---- proof of life --------------------------------------------------------------------------------------------------
@@ -64,14 +50,14 @@ def train_sanity(
 
 
 def _sanity_seed(
-    bench: Bench, config: SanityConfig, seed: int, session: "SeedSession", shuffled: bool
+    bench: Workbench, config: SanityConfig, seed: int, session: "SeedSession", shuffled: bool
 ) -> dict[str, Any]:
     from chimera_cli.services.session import memory_figures
 
     started = time.perf_counter()
     architecture = _architecture(config.image, config.text, config.heads, config.loss, flipped_view=False)
     model = _fresh_model(architecture, seed, bench.device)
-    batches = _training_batches(bench, model, config.batch, seed, session.tell, shuffled=shuffled)
+    batches = training_batches(bench, model, config.batch, seed, session.tell, shuffled=shuffled)
     outcome = _run_loop(
         model, batches, config.loss, config.optimiser, bench, config.updates, session.tell, closing_loss=True
     )
@@ -139,14 +125,14 @@ def train_full(
     return {"group": group.name, "seeds": list(seeds), "figures": figures, "dev": best, "results": results}
 
 
-def _full_seed(bench: Bench, config: TrainConfig, seed: int, session: "SeedSession", total: int) -> dict[str, Any]:
+def _full_seed(bench: Workbench, config: TrainConfig, seed: int, session: "SeedSession", total: int) -> dict[str, Any]:
     from chimera_cli.models.dual_encoder import count_parameters
 
     started = time.perf_counter()
     architecture = _architecture(config.image, config.text, config.heads, config.loss, config.augmentation.flip)
     model = _fresh_model(architecture, seed, bench.device)
-    features_s, features_pairs_s = _warm_caches(model, bench, session.tell)
-    batches = _training_batches(
+    features_s, features_pairs_s = warm_caches(model, bench, session.tell)
+    batches = training_batches(
         bench,
         model,
         config.batch,
@@ -163,30 +149,32 @@ def _full_seed(bench: Bench, config: TrainConfig, seed: int, session: "SeedSessi
         bench,
         total,
         session.tell,
-        evaluate=_dev_evaluation(model, bench, session.tell),
+        evaluate=dev_evaluation(model, bench, session.tell),
         evaluate_every=_updates_per_epoch(bench.pack, config.batch),
         patience=config.patience,
         directory=session.directory,
     )
-    pairs_per_s = outcome.pairs / outcome.train_s
     figures = _full_figures(bench, session, outcome, features_s, features_pairs_s)
     figures["wall_s"] = time.perf_counter() - started
-    details = dict(count_parameters(model)) | {
+    details = dict(count_parameters(model)) | _full_details(bench, outcome, config.batch)
+    return session.finish(figures, details)
+
+
+def _full_details(bench: Workbench, outcome: "Outcome", batch: int) -> dict[str, Any]:
+    return {
         "best_step": outcome.best_step,
         "best_epoch": outcome.best_epoch,
         "best_dev": dict(outcome.best_figures or {}),
         "epochs_done": round(outcome.pairs / len(bench.pack.split_indices("train")), 2),
         "stopped_early": outcome.stopped_early,
-        "batch": config.batch,
+        "batch": batch,
         "precision": bench.precision,
         "device": bench.device.type,
-        "pairs_per_s_final": pairs_per_s,
     }
-    return session.finish(figures, details)
 
 
 def _full_figures(
-    bench: Bench, session: "SeedSession", outcome: "Outcome", features_s: float, seconds_per_pair: float
+    bench: Workbench, session: "SeedSession", outcome: "Outcome", features_s: float, seconds_per_pair: float
 ) -> dict[str, float | None]:
     """Return the figures of one seed but its wall clock.
 
@@ -210,14 +198,14 @@ def _full_figures(
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _bench(home: Path, data: str | None, device: str, precision: Any, listener: Listener) -> Bench:
+def _bench(home: Path, data: str | None, device: str, precision: Any, listener: Listener) -> Workbench:
     from chimera_cli.runtime import device_capability, pick_device, pick_precision
     from chimera_cli.services.session import need_pack
 
     picked = pick_device(device)
     pack = need_pack(home, data, listener)
     listener(Note(f"data: {pack.name}, device: {picked.type}"))
-    return Bench(pack, picked, pick_precision(precision, device_capability(picked)))
+    return Workbench(pack, picked, pick_precision(precision, device_capability(picked)))
 
 
 def _refuse_small_split(pack: "Pack", batch: int) -> None:
@@ -264,7 +252,9 @@ def _fresh_model(architecture: "Architecture", seed: int, device: "torch.device"
     seed_everything(seed)
     reset_memory_peaks(device)
     # Channels last is what convolutions want on CPUs and on tensor cores.
-    return build_dual_encoder(architecture).to(device, memory_format=torch.channels_last)
+    model = build_dual_encoder(architecture).to(device)
+    model.image_tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def _run_loop(
@@ -272,7 +262,7 @@ def _run_loop(
     batches: Any,
     loss: Loss,
     optimiser: Optimiser,
-    bench: Bench,
+    bench: Workbench,
     updates: int,
     tell: Listener,
     *,
@@ -333,136 +323,3 @@ def _checkpointer(
             tell(Saved(str(folder / "best.safetensors"), "best checkpoint", step))
 
     return save
-
-
-def _warm_caches(model: "DualEncoder", bench: Bench, tell: Listener) -> tuple[float, float]:
-    """Make the cached features of locked towers for train and dev.
-
-    Returns the seconds that computing the train features took, now or when they were made, and the seconds per pair.
-    """
-    from chimera_cli.services.embeddings import pooled_caption_features, pooled_image_features
-
-    total, per_pair = 0.0, 0.0
-    for split in ("train", "dev"):
-        parts = []
-        if model.architecture.image_locked:
-            parts.append(pooled_image_features(model, bench.pack, split, bench.device, tell))
-        if model.architecture.learn_layers == 0:
-            parts.append(pooled_caption_features(model, bench.pack, split, bench.device, tell))
-        if split == "train":
-            total = sum(part.seconds for part in parts)
-            per_pair = sum(part.seconds / len(part.values) for part in parts)
-    return total, per_pair
-
-
-def _training_batches(
-    bench: Bench,
-    model: "DualEncoder",
-    batch: int,
-    seed: int,
-    tell: Listener,
-    *,
-    crop_scale: float = 1.0,
-    feature_noise: float = 0.0,
-    shuffled: bool = False,
-) -> Any:
-    """Return the endless batches of the train split, from cached features where a tower is locked."""
-    import numpy as np
-
-    from chimera_cli.training.batches import pair_batches
-
-    table = bench.pack.captions("train")
-    rows = [np.asarray(part, dtype=np.int64) for part in table.by_image()]
-    empty = sum(len(part) == 0 for part in rows)
-    if empty:
-        raise ChimeraError(
-            f"{empty} training images of {bench.pack.name} have no caption",
-            "prepare the pack again from a set with captions",
-        )
-    if shuffled:
-        # Captions move by half the set: no image keeps its own, and the marginal distributions stay what they were.
-        rows = rows[len(rows) // 2 :] + rows[: len(rows) // 2]
-    return pair_batches(
-        rows,
-        bench.pack.image_ids("train"),
-        _image_inputs(bench, model, seed, tell, crop_scale, feature_noise),
-        _text_inputs(bench, model, seed, tell, feature_noise),
-        batch=batch,
-        seed=seed,
-        device=bench.device,
-    )
-
-
-def _image_inputs(
-    bench: Bench, model: "DualEncoder", seed: int, tell: Listener, crop_scale: float, feature_noise: float
-) -> "Callable[[NDArray[np.int64], int], Tensor]":
-    """Return what gives the loader's images at positions: cached features, or augmented pixels from the pack."""
-    import torch
-
-    from chimera_cli.services.embeddings import pooled_image_features
-    from chimera_cli.training.augment import augmented_pixels, noisy_rows
-
-    generator = torch.Generator(bench.device).manual_seed(seed)
-    if model.architecture.image_locked:
-        pooled = pooled_image_features(model, bench.pack, "train", bench.device, tell).values
-        return noisy_rows(torch.from_numpy(pooled).to(bench.device), generator, feature_noise)
-    return augmented_pixels(
-        bench.pack.images,
-        bench.pack.split_indices("train"),
-        model.image_tower,
-        model.architecture.image_size,
-        bench.device,
-        generator,
-        crop_scale=crop_scale,
-        flip=model.architecture.flipped_view,
-    )
-
-
-def _text_inputs(
-    bench: Bench, model: "DualEncoder", seed: int, tell: Listener, feature_noise: float
-) -> "Callable[[NDArray[np.int64]], Tensor | Tokens]":
-    """Return what gives the loader's captions of rows: cached features, or tokens on the device."""
-    import torch
-
-    from chimera_cli.services.embeddings import pooled_caption_features
-    from chimera_cli.training.augment import noisy_rows
-
-    if model.architecture.learn_layers == 0:
-        pooled = torch.from_numpy(pooled_caption_features(model, bench.pack, "train", bench.device, tell).values)
-        generator = torch.Generator(bench.device).manual_seed(seed + 1)
-        views = noisy_rows(pooled.unsqueeze(1).to(bench.device), generator, feature_noise)
-        return lambda rows: views(rows, 0)
-    texts = bench.pack.captions("train").texts
-
-    def tokens(rows: "NDArray[np.int64]") -> "Tokens":
-        encoded = model.tokenise([texts[row] for row in rows])
-        return {name: tensor.to(bench.device, non_blocking=True) for name, tensor in encoded.items()}
-
-    return tokens
-
-
-def _dev_evaluation(model: "DualEncoder", bench: Bench, tell: Listener) -> "Callable[[], Figures]":
-    """Return the retrieval figures of the dev split with the model as it is when called."""
-    import torch
-
-    from chimera_cli.evaluation.retrieval import retrieval_figures, retrieval_ranks
-    from chimera_cli.services.embeddings import embed_images, embed_texts_with, pooled_caption_features
-
-    table = bench.pack.captions("dev")
-    if not table.texts:
-        raise ChimeraError(
-            f"{bench.pack.name} has no dev split", "prepare a pack with dev images: the best epoch is chosen on it"
-        )
-
-    def texts() -> "NDArray[np.float32]":
-        if model.architecture.learn_layers != 0:
-            return embed_texts_with(model, table.texts, bench.device, tell)
-        pooled = pooled_caption_features(model, bench.pack, "dev", bench.device, tell).values
-        with torch.inference_mode():
-            return model.project_text(torch.from_numpy(pooled).to(bench.device)).float().cpu().numpy()
-
-    def evaluate() -> Mapping[str, float | None]:
-        image = embed_images(model, bench.pack, "dev", bench.device, tell)
-        return retrieval_figures(retrieval_ranks(image, texts(), table.image_positions))
-
-    return evaluate

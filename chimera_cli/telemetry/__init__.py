@@ -1,1 +1,1 @@
-"""PLACEHOLDER"""
+"""The machine watched: one gate to NVML, one sampler thread."""

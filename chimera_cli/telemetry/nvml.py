@@ -105,6 +105,17 @@ def open_nvml(uuid: str | None = None) -> Nvml | None:
         return None
 
 
+def driver_version() -> str | None:
+    """Return the version of the NVIDIA driver, such as `550.54.14`; None where there is none."""
+    nvml = open_nvml()
+    if nvml is None:
+        return None
+    try:
+        return nvml.facts().driver_version
+    finally:
+        nvml.close()
+
+
 def first_visible(devices: str | None) -> str | None:
     """Return index or UUID of the first card CUDA may use by CUDA_VISIBLE_DEVICES; None where it hides all of them.
 

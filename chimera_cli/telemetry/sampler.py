@@ -1,4 +1,4 @@
-"""A thread that looks at the machine twice a second and leaves immutable snapshots for whoever draws or records them."""
+"""A thread that looks at the machine twice a second and leaves immutable snapshots to be drawn and recorded."""
 
 import threading
 import time
@@ -10,6 +10,7 @@ from statistics import fmean
 
 import psutil
 
+from chimera_cli.events import TelemetrySampled
 from chimera_cli.runtime import cpu_cores
 from chimera_cli.telemetry.nvml import GIB, GpuReading, Nvml, open_nvml
 
@@ -40,6 +41,10 @@ class Snapshot:
         values = asdict(self)
         del values["elapsed_s"]
         return values
+
+    def as_event(self) -> TelemetrySampled:
+        """Return the snapshot as listeners hear of it."""
+        return TelemetrySampled(self.elapsed_s, self.values())
 
 
 def _ignore(_snapshot: Snapshot) -> None:

@@ -24,11 +24,11 @@ def noisy_rows(views: Tensor, generator: torch.Generator, noise: float) -> Calla
 
     def rows(positions: Indices, _epoch: int) -> Tensor:
         index = torch.from_numpy(positions).to(views.device)
-        view = torch.randint(views.shape[1], index.shape, generator=generator, device=views.device)
+        view = torch.randint(views.shape[1], index.shape, generator=generator).to(views.device)
         picked = views[index, view]
         if noise == 0:
             return picked
-        return picked + scale * torch.randn(picked.shape, generator=generator, device=views.device)
+        return picked + scale * torch.randn(picked.shape, generator=generator).to(views.device)
 
     return rows
 
@@ -56,6 +56,7 @@ def augmented_pixels(
             batch = resize(batch, image_size)
         if flip:
             batch = horizontal_flip(batch, generator)
-        return normalise(batch, tower.mean, tower.std).contiguous(memory_format=torch.channels_last)
+        floats: Tensor = normalise(batch, tower.mean, tower.std)
+        return floats.contiguous(memory_format=torch.channels_last)
 
     return pixels

@@ -37,7 +37,7 @@ class CachedFeatures:
 
 def preprocess(pixels: Tensor, tower: ImageTower, image_size: int) -> Tensor:
     """Return what `tower` takes, (batch, 3, S, S) normalised floats, of uint8 pixels (batch, H, W, 3)."""
-    floats = normalise(resize(to_float(pixels), image_size), tower.mean, tower.std)
+    floats: Tensor = normalise(resize(to_float(pixels), image_size), tower.mean, tower.std)
     return floats.contiguous(memory_format=torch.channels_last)
 
 

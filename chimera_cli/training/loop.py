@@ -59,7 +59,7 @@ def train(
     exists. Raises ChimeraError when the loss is not finite.
     """
     autocast = nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+    scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=precision == "float16")
     learning = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     losses: list[float] = []
     done, pairs, best_rsum, best_step, best_epoch, best_figures, worse = 0, 0, -math.inf, None, None, None, 0
@@ -88,7 +88,7 @@ def train(
 
         # ---- update -------------------------------------------------------------------------------------------------
         optimiser.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        torch.autograd.backward(scaler.scale(loss))
         scaler.unscale_(optimiser)
         # Norm of the whole gradient, as in the CLIP family; without a limit it is only measured.
         norm = torch.nn.utils.clip_grad_norm_(learning, clip_norm if clip_norm > 0 else math.inf)

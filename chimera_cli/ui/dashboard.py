@@ -18,7 +18,6 @@ from chimera_cli.ui.text import plain
 MAX_WIDTH = 104
 _WIDE = 84
 _NARROW = 56
-_LABEL = 10
 _BLOCKS = "▁▂▃▄▅▆▇█"
 # `100.0` and a space.
 _CELL = 6
@@ -31,6 +30,7 @@ _PACE = {
     "loader_images_per_s": ("", "{:,.0f} images/s"),
 }
 
+_TITLE = Style(bold=True, dim=False)
 _DIM = Style(dim=True)
 _VALUE = Style()
 _BAR = Style(color="cyan")
@@ -44,19 +44,19 @@ Row = tuple[str, Text, Text]
 def render(state: DashboardState, now: float, width: int = 100, compact: bool = False) -> RenderableType:
     """Return the picture of `state` at `now` for a terminal of `width` columns; `compact` leaves out blank lines."""
     inner = min(width, MAX_WIDTH) - 6
-    sections = [
+    sections: list[list[RenderableType]] = [
         [_header(state, now, inner)],
         _progress(state, now, inner),
         _recalls(state, inner),
         _meters(_machine_rows(state, inner), inner),
-        [_note(note) for note in state.notes],
+        _notes(state.notes),
     ]
     lines: list[RenderableType] = []
     for section in filter(None, sections):
         if lines and not compact:
             lines.append(Text(""))
         lines.extend(section)
-    title = Text.from_markup(f" {plain(state.title, max(inner - 2, 1))} ", style="bold")
+    title = Text.from_markup(plain(state.title, max(inner - 2, 1)), style=_TITLE)
     padding = (0, 2) if compact else (1, 2)
     return Panel(
         Group(*lines), title=title, title_align="left", box=box.ROUNDED, border_style="dim", padding=padding,
@@ -114,7 +114,7 @@ def _meters(rows: Sequence[Row], inner: int) -> list[RenderableType]:
     """Return rows of label, bar and reading as one grid; bars give way to readings where there is little room."""
     if not rows:
         return []
-    grid = Table.grid(padding=(0, 1))
+    grid = Table.grid(padding=(0, 2))
     grid.add_column(width=_label_width(inner), no_wrap=True, style=_DIM)
     if _bar_width(inner):
         grid.add_column(width=_bar_width(inner), no_wrap=True)
@@ -126,13 +126,13 @@ def _meters(rows: Sequence[Row], inner: int) -> list[RenderableType]:
 
 
 def _label_width(inner: int) -> int:
-    return _LABEL if inner >= _NARROW - 6 else 8
+    return 22 if inner >= _WIDE - 6 else 16 if inner >= _NARROW - 6 else 10
 
 
 def _bar_width(inner: int) -> int:
     """Return the columns of a bar: what label and reading leave of the line, none where that is next to nothing."""
-    reading = 36 if inner >= _WIDE - 6 else 24
-    left = inner - _label_width(inner) - reading - 2
+    reading = 34 if inner >= _WIDE - 6 else 22
+    left = inner - _label_width(inner) - reading - 4
     return left if left >= 6 else 0
 
 
@@ -154,7 +154,7 @@ def _header(state: DashboardState, now: float, inner: int) -> RenderableType:
     elapsed = now - state.began_at
     right = Text(clock(elapsed), style=_WATCH if limit is not None and elapsed > limit else _VALUE)
     if limit is not None:
-        right.append(f" of at most {clock(limit)}", style=_DIM)
+        right.append(f" (≤ {clock(limit)})", style=_DIM)
     grid = Table.grid(expand=True, padding=(0, 1))
     grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     grid.add_column(justify="right", no_wrap=True)
@@ -174,7 +174,7 @@ def _progress(state: DashboardState, now: float, inner: int) -> list[RenderableT
         points = (*state.loss.points, *state.loss.rest[-1:])
         rows.append(("loss", Text(sparkline(points, width), style=_BAR), _loss_reading(state)))
     pace = _pace(state)
-    return [*_meters(rows, inner), *([Padding(pace, (0, 0, 0, _label_width(inner) + 1))] if pace else [])]
+    return [*_meters(rows, inner), *([Padding(pace, (0, 0, 0, _label_width(inner) + 2))] if pace else [])]
 
 
 def _bar_reading(bar: Bar, now: float, wide: bool, over: bool) -> Text:
@@ -205,9 +205,7 @@ def _pace(state: DashboardState) -> Text:
     for name, (label, form) in _PACE.items():
         value = state.metrics.get(name)
         if value is not None:
-            parts.append(
-                Text.assemble((label, _DIM), form.format(value), *_against(state.limits.get(name), "at least"))
-            )
+            parts.append(Text.assemble((label, _DIM), form.format(value), *_against(state.limits.get(name), "≥")))
     return text.append_text(Text("  ").join(parts))
 
 
@@ -216,7 +214,7 @@ def _recalls(state: DashboardState, inner: int) -> list[RenderableType]:
     if state.latest is None:
         return []
     ranks = (1, 5, 10) if inner >= _NARROW - 6 else (1, 10)
-    label = _label_width(inner)
+    label = _label_width(inner) + 2 if inner >= 64 else 8
     block = _CELL * len(ranks)
     heads = "".join(f"R@{k}".rjust(_CELL) for k in ranks)
     lines = [
@@ -234,7 +232,7 @@ def _recalls(state: DashboardState, inner: int) -> list[RenderableType]:
 
 
 def _recall_line(name: str, event: Evaluated, ranks: Sequence[int], label: int) -> Text:
-    text = Text(name.ljust(label), style=_DIM)
+    text = Text.assemble((name.ljust(label), _DIM))
     style = _GOOD if name == "best" else _VALUE
     for direction in ("i2t", "t2i"):
         for k in ranks:
@@ -267,7 +265,7 @@ def _share_row(label: str, share: float | None, at_least: float | None, width: i
         return None
     style = _WATCH if at_least is not None and share < at_least else _BAR
     reading = Text.assemble((f"{100 * share:.0f} %", _VALUE if style is _BAR else style))
-    reading.append_text(Text.assemble(*_against(None if at_least is None else 100 * at_least, "at least")))
+    reading.append_text(Text.assemble(*_against(None if at_least is None else 100 * at_least, "≥")))
     return label, meter(share, width, style, at_least), reading
 
 
@@ -277,16 +275,23 @@ def _memory_row(label: str, used: float | None, total: float | None, at_most: fl
     style = _WATCH if at_most is not None and used > at_most else _BAR
     of = "" if not total else f" of {total:.1f}"
     reading = Text.assemble((f"{used:.1f}{of} GiB", _VALUE if style is _BAR else style))
-    reading.append_text(Text.assemble(*_against(at_most, "at most")))
+    reading.append_text(Text.assemble(*_against(at_most, "≤")))
     scale = None if at_most is None or not total else at_most / total
     return label, meter(used / total if total else None, width, style, scale), reading
 
 
-def _against(limit: float | None, words: str) -> list[tuple[str, Style]]:
-    return [] if limit is None else [(f"  {words} {limit:g}", _DIM)]
+def _against(limit: float | None, comparison: str) -> list[tuple[str, Style]]:
+    return [] if limit is None else [(f" ({comparison} {limit:g})", _DIM)]
 
 
-def _note(note: Note) -> Text:
-    warning = note.level == "warning"
-    text = Text("! " if warning else "· ", style=_WATCH if warning else _DIM, overflow="ellipsis", no_wrap=not warning)
-    return text.append_text(Text.from_markup(plain(note.message, 300), style=_WATCH if warning else _DIM))
+def _notes(notes: Sequence[Note]) -> list[RenderableType]:
+    """Return the notes below each other; a warning takes the lines it needs, anything else is cut to one."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column()
+    for note in notes:
+        warning = note.level == "warning"
+        text = Text.from_markup(plain(note.message, 300), style=_WATCH if warning else _DIM)
+        text.no_wrap, text.overflow = not warning, "fold" if warning else "ellipsis"
+        grid.add_row(Text("!", style=_WATCH) if warning else Text("·", style=_DIM), text)
+    return [grid] if notes else []

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from chimera_cli.events import Event, Listener, TelemetrySampled
+from chimera_cli.events import Event, Listener
 from chimera_cli.telemetry.sampler import Snapshot, sample_machine
 from chimera_cli.ui.dashboard import render
 from chimera_cli.ui.lines import plain_lines
@@ -53,7 +53,7 @@ def _dashboard(console: Console, title: str, limits: Mapping[str, float]) -> Ite
             state = advance(state, event, time.monotonic())
 
     def look(snapshot: Snapshot) -> None:
-        listen(TelemetrySampled(snapshot.elapsed_s, snapshot.values()))
+        listen(snapshot.as_event())
 
     def picture() -> RenderableType:
         return render(state, time.monotonic(), console.width, compact=console.height < _ROOMY_HEIGHT)

@@ -16,13 +16,13 @@ from chimera_cli.events import (
 )
 
 NOTES_SHOWN = 3
-# Enough for a sparkline on any screen; when it is full, neighbours are averaged and each point stands for twice as much.
+# Enough for a sparkline on any screen; when it is full, neighbours are averaged and the stride doubles.
 _LOSSES_KEPT = 512
 
 
 @dataclass(frozen=True, slots=True)
 class LossCurve:
-    """A loss over any number of steps in at most 512 points, each the mean of `stride` steps; `rest` waits for its own."""
+    """A loss over any number of steps in at most 512 points, each the mean of `stride` steps; `rest` awaits its own."""
 
     points: tuple[float, ...] = ()
     stride: int = 1

@@ -5,12 +5,12 @@ import re
 from rich.markup import escape
 
 # C0 and C1 controls; an escape sequence without its ESC byte is plain text.
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def plain(text: str, limit: int = 0) -> str:
     """Return `text` for a Rich console: controls as spaces, markup escaped, cut to `limit` characters (0: no)."""
-    clean = _CONTROLS.sub(" ", text)
+    clean = CONTROLS.sub(" ", text)
     if limit and len(clean) > limit:
         clean = clean[: limit - 1] + "…"
     return escape(clean)

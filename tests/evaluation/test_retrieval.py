@@ -52,10 +52,10 @@ def _naive_ranks(image: NDArray, text: NDArray, owner: NDArray) -> tuple[list[in
 def test_hand_computed_ranks_and_figures() -> None:
     """Three images on the axes; captions written down so that each rank can be read off the score table.
 
-                caption 0   1    2    3    4        owner 0 0 1 2 2
-        image 0         9   1    8    0    0        best own 9, no rival above it             -> 1
-        image 1         2   7    5    6    0        own 5, rivals 7 and 6 above               -> 3
-        image 2         3   3    4    1    4        best own 4, rival 4 is equal, counts      -> 2
+            caption 0   1    2    3    4        owner 0 0 1 2 2
+    image 0         9   1    8    0    0        best own 9, no rival above it             -> 1
+    image 1         2   7    5    6    0        own 5, rivals 7 and 6 above               -> 3
+    image 2         3   3    4    1    4        best own 4, rival 4 is equal, counts      -> 2
     """
     image = np.eye(3)
     text = np.array([[9, 2, 3], [1, 7, 3], [8, 5, 4], [0, 6, 1], [0, 0, 4]], dtype=float)

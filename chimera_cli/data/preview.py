@@ -1,0 +1,50 @@
+"""The contact sheet: some images of a pack with a caption each, to see at a glance that they belong together."""
+
+from pathlib import Path
+from textwrap import wrap
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from chimera_cli.data.pack import SPLITS, UNUSED, Pack
+from chimera_cli.errors import ChimeraError, UsageError
+from chimera_cli.runs import cannot_write
+
+_ACROSS, _DOWN = 6, 4
+_TILE, _TEXT, _GAP = 200, 62, 10  # pixels: side of an image, height of its caption, space around
+_FONT_SIZE, _LETTERS, _LINES = 12, 34, 4
+
+
+def contact_sheet(pack: Pack, path: Path) -> Path:
+    """Write 24 images, evenly spaced over the pack's first split, with a caption each; return `path`.
+
+    Raises UsageError where Pillow knows no format for the ending of `path`, ChimeraError where it can't be written.
+    """
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise UsageError(f"{path} has no ending of an image format", "call it something.png")
+    split = next((split for split in (*SPLITS, UNUSED) if pack.manifest["splits"][split]["images"]), None)
+    if split is None:
+        raise ChimeraError(f"the pack {pack.name} has no images", "prepare it again")
+    indices, table = pack.split_indices(split), pack.captions(split)
+    rows = table.by_image()
+    chosen = np.unique(np.linspace(0, len(indices) - 1, _ACROSS * _DOWN).astype(np.int64))
+    width, height = _TILE + _GAP, _TILE + _TEXT + _GAP
+    down = -(-len(chosen) // _ACROSS)
+    sheet = Image.new("RGB", (_ACROSS * width + _GAP, down * height + _GAP), "white")
+    for place, position in enumerate(chosen.tolist()):
+        left, top = place % _ACROSS * width + _GAP, place // _ACROSS * height + _GAP
+        image = Image.fromarray(np.array(pack.images[indices[position]]))
+        sheet.paste(image.resize((_TILE, _TILE), Image.Resampling.BICUBIC), (left, top))
+        caption = table.texts[rows[position][0]] if len(rows[position]) else "(no caption)"
+        _write(sheet, (left, top + _TILE + 2), caption)
+    try:
+        sheet.save(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return path
+
+
+def _write(sheet: Image.Image, place: tuple[int, int], caption: str) -> None:
+    clean = "".join(sign if sign.isprintable() else " " for sign in caption)
+    text = "\n".join(wrap(clean, _LETTERS, max_lines=_LINES, placeholder=" …"))
+    ImageDraw.Draw(sheet).multiline_text(place, text, fill="black", font=ImageFont.load_default(_FONT_SIZE), spacing=2)

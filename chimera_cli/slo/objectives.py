@@ -1,0 +1,208 @@
+"""The law as a file: objectives, conditions, waivers and contingency actions. Figures are checked against the table."""
+
+import math
+import string
+from datetime import date
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from chimera_cli.figures import FIGURES, near_names
+
+Profile = Literal["gpu", "cpu"]
+Comparison = Literal[">=", ">", "<=", "<"]
+Statistic = Literal["mean", "worst", "bound95"]
+PROFILES: tuple[Profile, ...] = ("gpu", "cpu")
+
+
+def _finite(value: Any) -> Any:
+    """Refuse what pydantic would turn into a number although nobody means one: yes, no, NaN and infinity."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    if isinstance(value, float | int | str):
+        try:
+            if not math.isfinite(float(value)):
+                raise ValueError("must be a finite number")
+        except ValueError as error:
+            raise ValueError("must be a finite number") from error
+    return value
+
+
+def _known_figure(name: str) -> str:
+    if name not in FIGURES:
+        near = near_names(name)
+        raise ValueError("no figure has this name" + (f" (did you mean {', '.join(near)}?)" if near else ""))
+    return name
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text.strip()
+
+
+# What a command in the law may leave open; `slo` fills it in from the run that is checked.
+PLACEHOLDERS = ("run", "pack", "config", "seeds", "device")
+
+
+def _known_placeholders(text: str) -> str:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"has a broken placeholder: {error}") from error
+    unknown = [name for name in names if name not in PLACEHOLDERS]
+    if unknown:
+        raise ValueError(f"{{{unknown[0]}}} is no placeholder (there are {', '.join(PLACEHOLDERS)})")
+    return text
+
+
+Finite = Annotated[float, BeforeValidator(_finite)]
+FigureName = Annotated[str, AfterValidator(_known_figure)]
+Text = Annotated[str, AfterValidator(_not_blank)]
+Command = Annotated[Text, AfterValidator(_known_placeholders)]
+Identifier = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused and nothing changes after loading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Condition(Strict):
+    """`figure` stands in `comparison` to `limit`, judged by `statistic` over the seeds.
+
+    With `relative_to` the limit is added to another figure of the same seed. A `target` is wished for, not demanded.
+    """
+
+    figure: FigureName
+    comparison: Comparison
+    limit: Finite
+    relative_to: FigureName | None = None
+    statistic: Statistic = "worst"
+    target: Finite | None = None
+
+    @model_validator(mode="after")
+    def _rewards_the_better_side(self) -> "Condition":
+        better = FIGURES[self.figure].better
+        if (better == "higher" and self.comparison in ("<=", "<")) or (
+            better == "lower" and self.comparison in (">=", ">")
+        ):
+            raise ValueError(f"{self.figure} is better when {better}, {self.comparison} would reward the worse side")
+        return self
+
+
+class Beside(Strict):
+    """A figure that is reported with an objective and not judged."""
+
+    figure: FigureName
+    target: Finite | None = None
+
+
+class Requirement(Strict):
+    """What the evidence must be made with: `detail` of result.json is there, equals a value, or is at least one."""
+
+    detail: Text
+    equals: str | bool | int | float | None = None
+    at_least: Finite | None = None
+    why: Text
+
+    def met_by(self, value: object) -> bool:
+        """Return whether the value of the detail (None: absent) meets the requirement."""
+        if value is None:
+            return False
+        if self.equals is not None and value != self.equals:
+            return False
+        if self.at_least is None:
+            return True
+        return isinstance(value, int | float) and not isinstance(value, bool) and value >= self.at_least
+
+
+class Action(Strict):
+    """One contingency step: what to `do`, and config keys to `set` or a `command` where one does it."""
+
+    id: Identifier
+    do: Text
+    set: dict[str, str | bool | int | float | None] = Field(default_factory=dict)
+    command: Command | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Action":
+        if bool(self.set) == (self.command is not None):
+            raise ValueError("give either `set` or `command`")
+        return self
+
+
+class Objective(Strict):
+    """One law. Its evidence is a group of `kind`, or with `split` that group's evaluation of the split."""
+
+    id: Identifier
+    title: Text
+    kind: Literal["train", "sanity", "bench-loader", "bench-encoders"]
+    profiles: tuple[Profile, ...] = Field(PROFILES, min_length=1)
+    hardware: Literal["any", "gpu", "cpu"] = "any"
+    pack: Text | None = None
+    split: Literal["train", "dev", "test"] | None = None
+    images_at_least: int | None = Field(None, ge=1)
+    seeds_at_least: int = Field(1, ge=1)
+    requires: tuple[Requirement, ...] = ()
+    all_of: tuple[Condition, ...] = Field(min_length=1)
+    beside: tuple[Beside, ...] = ()
+    measure: Command
+    actions: tuple[Action, ...] = ()
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "Objective":
+        if self.split is not None and self.kind != "train":
+            raise ValueError("`split` needs kind: train, nothing else is evaluated")
+        if self.images_at_least is not None and self.split is None:
+            raise ValueError("`images_at_least` needs a `split`")
+        names = [action.id for action in self.actions]
+        if len(set(names)) != len(names):
+            raise ValueError(f"an action is there twice: {', '.join(names)}")
+        return self
+
+
+class Waiver(Strict):
+    """Somebody answers for a breach until the end of the day `expires` (UTC)."""
+
+    objective: Identifier
+    owner: Text
+    reason: Text
+    expires: date
+
+
+class Slos(Strict):
+    """A whole file of objectives; `law: false` heads every output with "not the law"."""
+
+    schema_version: Literal[1]
+    law: bool
+    objectives: tuple[Objective, ...] = Field(min_length=1)
+    waivers: tuple[Waiver, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "Slos":
+        held = [(objective.id, profile) for objective in self.objectives for profile in objective.profiles]
+        twice = sorted({f"{name} (profile {profile})" for name, profile in held if held.count((name, profile)) > 1})
+        if twice:
+            raise ValueError(f"an objective is there twice: {', '.join(twice)}")
+        ids = {objective.id for objective in self.objectives}
+        waived = [waiver.objective for waiver in self.waivers]
+        for name in waived:
+            if name not in ids:
+                raise ValueError(f"a waiver names {name}, which is no objective (there are {', '.join(sorted(ids))})")
+            if waived.count(name) > 1:
+                raise ValueError(f"{name} is waived twice")
+        return self
+
+
+def for_profile(slos: Slos, profile: Profile) -> tuple[Objective, ...]:
+    """Return the objectives that hold under a profile, in the order of the file."""
+    return tuple(objective for objective in slos.objectives if profile in objective.profiles)
+
+
+def left_out(slos: Slos, profile: Profile) -> tuple[str, ...]:
+    """Return the figures that other profiles judge and this one does not, in the order of the file."""
+    judged = {condition.figure for objective in for_profile(slos, profile) for condition in objective.all_of}
+    others = [condition.figure for objective in slos.objectives for condition in objective.all_of]
+    return tuple(dict.fromkeys(figure for figure in others if figure not in judged))

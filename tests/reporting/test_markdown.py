@@ -1,0 +1,55 @@
+"""Markdown shows foreign text as it is: checked with an independent CommonMark parser."""
+
+from markdown_it import MarkdownIt
+
+from chimera_cli.reporting.document import Code, Document, Mono, Paragraph, Section, Strong, table
+from chimera_cli.reporting.markdown import escape, render
+
+NASTY = "a|b *c* _d_ `e` <script>alert(1)</script> [f](g) &amp; ~~h~~ \\ i_j \x1b[31m\nk"
+SHOWN = "a|b *c* _d_ `e` <script>alert(1)</script> [f](g) &amp; ~~h~~ \\ i_j  [31m k"
+
+
+def parsed(markdown: str) -> MarkdownIt:
+    return MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)
+
+
+def texts(markdown: str) -> list[str]:
+    """Return the text of every inline block as a reader sees it; any other token than text is named."""
+    found = []
+    for token in parsed(markdown):
+        if token.type == "inline":
+            parts = [part.content if part.type in ("text", "code_inline", "text_special") else f"<{part.type}>"
+                     for part in token.children or ()]  # fmt: skip
+            found.append("".join(parts))
+    return found
+
+
+def test_nasty_text_is_shown_as_it_is_everywhere() -> None:
+    grid = table((NASTY, "code"), [(NASTY, Mono(NASTY))], right=(0,))
+    document = Document(NASTY, (Paragraph(NASTY),), (Section("s", NASTY, (grid,)),))
+    assert texts(render(document)) == [SHOWN, SHOWN, SHOWN, SHOWN, "code", SHOWN, SHOWN]
+
+
+def test_a_paragraph_never_begins_a_list_heading_or_quote() -> None:
+    for start in ("# one", "- one", "+ one", "> one", "1. one", "12) one", "=== one"):
+        assert texts(render(Document("t", (Paragraph(start),)))) == ["t", start]
+
+
+def test_code_with_fences_inside_stays_one_block() -> None:
+    text = "a: 1\n```\n# not a heading\n````\nb: 2"
+    tokens = [token for token in parsed(render(Document("t", (Code(text, "yaml"),)))) if token.type == "fence"]
+    assert [token.content for token in tokens] == [text + "\n"]
+
+
+def test_names_and_comparisons_stay_readable() -> None:
+    assert escape("loader_images_per_s >= 300, x < 4, R@10") == "loader_images_per_s >= 300, x < 4, R@10"
+
+
+def test_tables_are_aligned_and_missing_rows_leave_no_table() -> None:
+    grid = table(("name", "value"), [("a", "1"), (("b ", Strong("c")), "10")], right=(1,))
+    assert render(Document("t", (grid, table(("x",), [])))).splitlines()[2:] == [
+        "| name    |   value |",
+        "|:--------|--------:|",
+        "| a       |       1 |",
+        "| b **c** |      10 |",
+    ]
