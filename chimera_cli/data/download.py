@@ -12,7 +12,7 @@ from chimera_cli.runs import cannot_write, locked
 if TYPE_CHECKING:
     import requests
 
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 16  # what a broken connection costs at most
 _TIMEOUT_S = (10.0, 30.0)  # to connect, and between two blocks
 _ATTEMPTS = 5  # in a row without a single new byte
 
@@ -81,8 +81,9 @@ def _append(response: "requests.Response", part: Path, have: int, listener: List
             for block in response.iter_content(_BLOCK_BYTES):
                 file.write(block)
                 file.flush()
-                done += len(block)
-                listener(Progress("downloading", done >> 20, total >> 20, "MiB"))
+                before, done = done, done + len(block)
+                if before >> 20 != done >> 20 or done == total:
+                    listener(Progress("downloading", done >> 20, total >> 20, "MiB"))
     except OSError as error:
         # requests' own errors are OSErrors as well; those of the disk carry a number.
         if error.errno is None:
@@ -119,8 +120,9 @@ def _offline_hint() -> str:
     return "check the network, or get the archives another way and give --from FOLDER"
 
 
-def _cause(error: Exception) -> str:
-    """Return the innermost reason of a failed request without the objects that libraries print around it."""
-    text = str(error.args[0] if error.args else error)
-    reason = re.search(r"(?:Errno -?\d+\]|: )\s*([A-Z][A-Za-z ,'-]+)'?\)*$", text)
-    return reason[1].strip("')") if reason else type(error).__name__
+def _cause(error: BaseException) -> str:
+    """Return what the operating system said, which libraries wrap in several layers of their own."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    strerror = getattr(error, "strerror", None)
+    return str(strerror or error) or type(error).__name__

@@ -374,56 +374,53 @@ def write_pack(
 ) -> Pack:
     """Write the pack `data_dir/name` and return it; readers see the old one or the whole new one, never a half.
 
-    `images` yields one entry per item, in the order of `items`, and is not touched where a pack made from the same
-    `source_digest` is there already (that one is returned). Two writers of one pack wait for each other. Raises
-    ChimeraError where more than the share `max_bad` of the images is unreadable or the disk does not take the files;
-    nothing is left behind then.
+    `images` yields one entry per item, in order; it is not touched where a pack of the same `source_digest` is there
+    already (that one is returned). Two writers of one pack wait for each other. Raises ChimeraError, and leaves
+    nothing, where more than the share `max_bad` of the images is unreadable or the disk does not take the files.
     """
-    check_pack_name(name)
+    told: dict[str, Any] = {"name": check_pack_name(name), "source": source, "source_digest": source_digest}
+    told |= {"size": size, "fit": fit, "licence": licence}
     with locked(data_dir / f".{name}.lock"):
-        temporary = data_dir / f".{name}.partial"
-        _sweep(data_dir, name)
-        if kept := _unchanged(data_dir, name, source_digest):
-            listener(Note(f"the pack {name} is up to date: same source, same options, nothing to do"))
+        temporary = _sweep(data_dir, name)
+        if kept := _unchanged(data_dir, name, source_digest, listener):
             return kept
         _check_space(data_dir, len(items) * size * size * 3)
         try:
             temporary.mkdir()
             rows, bad = _write_images(temporary / IMAGES, images, items, size, listener)
             _check_readable(bad, len(items), max_bad, listener)
-            content = _write_tables(temporary, items, rows, captions)
-            manifest = _describe(temporary, items, rows, captions, content, listener) | {
-                "name": name,
-                "source": source,
-                "source_digest": source_digest,
-                "size": size,
-                "fit": fit,
-                "licence": licence,
-                "skipped": [{"source_file": s.source_file, "reason": s.reason} for s in (*skipped, *bad)],
-            }
-            return _publish(temporary, data_dir / name, manifest, listener)
+            told["skipped"] = [{"source_file": s.source_file, "reason": s.reason} for s in (*skipped, *bad)]
+            told |= _finish_files(temporary, items, rows, captions, listener)
+            return _publish(temporary, data_dir / name, told, listener)
         except OSError as error:
             raise cannot_write(Path(error.filename or temporary), error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sweep(data_dir: Path, name: str) -> None:
-    """Clear what a killed writer left; a pack it had set aside before putting the new one in place comes back."""
-    aside = data_dir / f".{name}.old"
-    shutil.rmtree(data_dir / f".{name}.partial", ignore_errors=True)
+def _sweep(data_dir: Path, name: str) -> Path:
+    """Clear what a killed writer left and return the temporary folder's path.
+
+    A pack that such a writer had set aside before putting the new one in its place comes back.
+    """
+    temporary, aside = data_dir / f".{name}.partial", data_dir / f".{name}.old"
+    shutil.rmtree(temporary, ignore_errors=True)
     if aside.exists() and not (data_dir / name).exists():
         aside.rename(data_dir / name)
     shutil.rmtree(aside, ignore_errors=True)
+    return temporary
 
 
-def _unchanged(data_dir: Path, name: str, source_digest: str) -> Pack | None:
+def _unchanged(data_dir: Path, name: str, source_digest: str, listener: Listener) -> Pack | None:
     """Return the pack that is there when it was made from `source_digest` and looks whole."""
     try:
         pack = open_pack(data_dir, name)
     except ChimeraError:
         return None
-    return pack if source_digest and pack.manifest["source_digest"] == source_digest else None
+    if not source_digest or pack.manifest["source_digest"] != source_digest:
+        return None
+    listener(Note(f"the pack {name} is up to date: same source, same options, nothing to do"))
+    return pack
 
 
 def _check_space(data_dir: Path, needed: int) -> None:
@@ -519,15 +516,15 @@ def _write_tables(
     return {"items": content_hash(values), "captions": content_hash(lines)}
 
 
-def _describe(
+def _finish_files(
     folder: Path,
     items: Sequence[Item],
     rows: Sequence[_Row],
     captions: Sequence[Caption],
-    content: Mapping[str, str],
     listener: Listener,
 ) -> dict[str, Any]:
-    """Return the part of the manifest that follows from what was written."""
+    """Write the tables beside the images and return the part of the manifest that follows from all that."""
+    hashes = _write_tables(folder, items, rows, captions)
     kept = {row.item for row in rows}
     texts = [caption for caption in captions if caption.image in kept]
     words = [word_count(caption.text) for caption in texts]
@@ -535,7 +532,7 @@ def _describe(
     image_counts = Counter(items[row.item].split for row in rows)
     caption_counts = Counter(items[caption.image].split for caption in texts)
     files = {name: _file_facts(folder / name, listener) for name in (IMAGES, ITEMS, CAPTIONS)}
-    content = {"images": files[IMAGES]["sha256"], **content}
+    content = {"images": files[IMAGES]["sha256"], **hashes}
     spread = [per_image.get(row.item, 0) for row in rows]
     return {
         "schema_version": SCHEMA_VERSION,

@@ -1,8 +1,8 @@
 """Image-text retrieval: ranks with pessimistic ties, recalls, bootstrap intervals over images, and chance.
 
-The protocol is the published one (LAION CLIP_benchmark, `image_retrieval_recall` and `text_retrieval_recall`): a caption
-is found when its own image is among the k best images, an image when any of its own captions is among the k best
-captions. Where scores are equal this module counts against the model, so a constant embedding scores no recall at all.
+The protocol is the published one (LAION CLIP_benchmark, `image_retrieval_recall` and `text_retrieval_recall`): a
+caption is found when its own image is among the k best images, an image when any of its own captions is among the k
+best captions. Where scores are equal this module counts against the model, so that constant embeddings find nothing.
 """
 
 from collections.abc import Sequence

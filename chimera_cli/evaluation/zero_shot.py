@@ -32,7 +32,7 @@ def class_weights(prompt_features: Floats, classes: int) -> NDArray[np.float64]:
 
 def _normalised(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+    return vectors / np.where(norms > 0, norms, 1.0)
 
 
 def class_ranks(image_features: Floats, weights: Floats, labels: Ints) -> Ints:

@@ -89,7 +89,8 @@ def collect(home: Path, group: Group, seeds: Sequence[int] | None = None) -> Fac
 def newest_like(home: Path, group: Group, kind: str) -> Evidence | None:
     """Return the newest finished group of `kind` with the pack, hardware and source of `group`, None without one.
 
-    A benchmark that needs no pack (encoders on made-up input) fits every pack.
+    A benchmark that needs no pack (encoders on made-up input) fits every pack; a control with shuffled captions fits
+    none.
     """
     fitting = []
     for other in runs.list_groups(home, kind):
@@ -97,7 +98,8 @@ def newest_like(home: Path, group: Group, kind: str) -> Evidence | None:
         same_pack = pack is None or pack["fingerprint"] == (group.facts.get("pack") or {}).get("fingerprint")
         same = all(other.facts.get(key) == group.facts.get(key) for key in ("hardware", "source_hash"))
         if other.status == "finished" and same_pack and same and (results := other.results()):
-            fitting.append(Evidence(other, results[-1]))
+            evidence = Evidence(other, results[-1])
+            fitting += [] if evidence.details.get("shuffled") else [evidence]
     return max(fitting, key=lambda evidence: str(evidence.group.facts["finished_at"]), default=None)
 
 

@@ -59,7 +59,7 @@ def headlines(facts: Facts, verdicts: Verdicts) -> list[Headline]:
     counts = [(name, sum(row.verdict == name for row in verdicts.rows)) for name in _VERDICTS]
     told = ", ".join(f"{count} {name}" for name, count in counts if count)
     worst = next((name for name in ("fail", "unmeasured", "inconclusive", "waived", "pass") if dict(counts)[name]), "")
-    found = [Headline("objectives", told or DASH, worst)]
+    found = [Headline("objectives" if verdicts.law else "objectives, not the law", told or DASH, worst)]
     if facts.evaluations:
         evaluation = facts.evaluations[-1]
         for name, label in (("i2t_r10", "image → text R@10"), ("t2i_r10", "text → image R@10"), ("rsum", "rsum")):

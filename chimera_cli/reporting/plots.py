@@ -120,8 +120,8 @@ def _ladder(facts: Facts) -> Plot | None:
         axes.plot([], [], "o", color=_SERIES[index], markersize=5, label=label)
     _legend(axes, 2)
     axes.set_yticks(range(len(rows)), [_short(name) for name, *_ in rows])
-    for label, row in zip(axes.get_yticklabels(), rows, strict=True):
-        label.set_fontweight("bold" if row[3] else "normal")
+    for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_fontweight("bold" if row[3] else "normal")
     axes.grid(visible=False, axis="y")
     axes.set_xlim(-2, 102)
     caption = "R@10 on the Flickr8k test split; diamonds are this run."

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chimera_cli.figures import FIGURES, RECALLS, RETRIEVAL, format_spread, format_value
-from chimera_cli.reporting.document import Block, Code, Document, Mono, Paragraph, Section, Strong, Text, table
+from chimera_cli.reporting.document import Block, Code, Document, Mono, Paragraph, Section, Span, Strong, Text, table
 from chimera_cli.reporting.facts import Evaluation, Evidence, Facts
 from chimera_cli.slo.ladder import LADDER, PACK_SOURCE, comparable
 from chimera_cli.statistics import Summary
@@ -15,22 +15,27 @@ DASH = "–"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One objective as the report shows it."""
+    """One condition of an objective as the report shows it; what all of them share stands in the first one alone."""
 
+    objective: str
     title: str
     law: str
     measured: str
     verdict: str
-    evidence: str
+    evidence: Text
 
 
 @dataclass(frozen=True, slots=True)
 class Verdicts:
-    """The outcome of `slo check`: `remarks` are sentences that every output of it must carry."""
+    """The outcome of `slo check`: `remarks` are sentences that every output of it must carry.
+
+    Without `law` the objectives are a check of the plumbing, and the report says so before anything else.
+    """
 
     rows: tuple[Verdict, ...]
     remarks: tuple[str, ...]
     command: str
+    law: bool = True
 
 
 def build(facts: Facts, verdicts: Verdicts) -> Document:
@@ -45,7 +50,7 @@ def build(facts: Facts, verdicts: Verdicts) -> Document:
         Section("configuration", "Configuration", (Code(facts.config or "# not recorded", "yaml"),)),
         _reproduce(facts, verdicts),
     )
-    return Document("Chimera benchmarks", _lead(facts), sections)
+    return Document("Chimera benchmarks", (*_not_the_law(verdicts), *_lead(facts)), sections)
 
 
 # ---- what this is ---------------------------------------------------------------------------------------------------
@@ -66,6 +71,13 @@ def _lead(facts: Facts) -> tuple[Block, ...]:
         ".",
     )
     return (*_warnings(facts), Paragraph(what), Paragraph(where))
+
+
+def _not_the_law(verdicts: Verdicts) -> tuple[Block, ...]:
+    if verdicts.law:
+        return ()
+    text = " The objectives in this report check the plumbing and carry no weight."
+    return (Paragraph((Strong("Not the law."), text), quoted=True),)
 
 
 def _warnings(facts: Facts) -> tuple[Block, ...]:
@@ -117,11 +129,11 @@ def _loader_row(evidence: Evidence | None) -> list[tuple[Text, ...]]:
     if evidence is None:
         return [_unmeasured("data loader", "chimera bench loader", 7)]
     figures, details = evidence.figures, evidence.details
-    name = f"data loader ({details.get('image_size', '?')} px)"
+    feeding = f", feeding {details['config']}" if details.get("config") else ""
+    name = f"data loader ({details.get('image_size', '?')} px{feeding})"
     speed = format_value("loader_images_per_s", figures.get("loader_images_per_s"))
-    return [
-        (name, *_batch_and_latency(details), speed, _gib(figures.get("vram_peak_gb")), _ceiling(details.get("ceiling")))
-    ]
+    limit = _ceiling(details.get("ceiling")) + (f"; bound by the {bound}" if (bound := details.get("bound_by")) else "")
+    return [(name, *_batch_and_latency(details), speed, _gib(figures.get("vram_peak_gb")), limit)]
 
 
 def _encoder_rows(evidence: Evidence | None) -> list[tuple[Text, ...]]:
@@ -214,17 +226,43 @@ def spread(name: str, summary: Summary | None) -> str:
 # ---- verdicts -------------------------------------------------------------------------------------------------------
 
 
+def verdicts_of(check: Mapping[str, Any], remarks: Sequence[str] = ()) -> Verdicts:
+    """Return the result of `slo check`, as JSON has it, for a report; `remarks` come before its own."""
+    rows = []
+    for objective in check["objectives"]:
+        for index, condition in enumerate(objective["conditions"]):
+            shared = (objective["id"], objective["title"], objective["verdict"]) if index == 0 else ("", "", "")
+            name, title, word = shared
+            evidence: Text = _evidence(objective) if index == 0 else ""
+            rows.append(Verdict(name, title, condition["law"], condition["measured"], word, evidence))
+    return Verdicts(tuple(rows), (*remarks, *check["remarks"]), str(check["command"]), bool(check["law"]))
+
+
+def _evidence(objective: Mapping[str, Any]) -> Text:
+    """Return which run the verdict rests on, why it is no pass, and what would measure it."""
+    run, reason = objective["run"], objective["reason"]
+    parts: list[Span] = [Mono(run)] if run and run not in reason else []
+    if reason:
+        parts += [*(["; "] if parts else []), reason]
+    if objective["measure"]:
+        parts += ["; run " if parts else "run ", Mono(objective["measure"])]
+    return tuple(parts)
+
+
 def _slo(verdicts: Verdicts) -> Section:
-    rows = [
-        (row.title, row.law, row.measured, Strong(row.verdict) if row.verdict != "pass" else row.verdict, row.evidence)
-        for row in verdicts.rows
-    ]
-    remarks = tuple(Paragraph(remark, quoted=True) for remark in verdicts.remarks)
-    return Section(
-        "slo",
-        "Service level objectives",
-        (*remarks, table(("objective", "law", "measured", "verdict", "evidence"), rows)),
-    )
+    rows: list[tuple[Text, ...]] = []
+    for row in verdicts.rows:
+        name: Text = (Mono(row.objective), f" {row.title}") if row.objective else ""
+        word: Text = Strong(row.verdict) if row.verdict not in ("pass", "") else row.verdict
+        rows.append((name, row.law, row.measured, word, row.evidence))
+    remarks = tuple(Paragraph(_sentence(remark), quoted=True) for remark in verdicts.remarks)
+    columns = ("objective", "law", "measured", "verdict", "evidence")
+    return Section("slo", "Service level objectives", (*remarks, table(columns, rows)))
+
+
+def _sentence(text: str) -> str:
+    """Return a remark as a sentence of its own."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 # ---- retrieval ------------------------------------------------------------------------------------------------------

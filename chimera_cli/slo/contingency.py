@@ -15,23 +15,21 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def untried(
-    actions: Sequence[Action], config: Mapping[str, Any], commands: Iterable[str], values: Mapping[str, str]
+    actions: Sequence[Action], config: Mapping[str, Any], ran: Iterable[str], values: Mapping[str, str]
 ) -> list[Action]:
     """Return the actions that were not taken yet, in their order.
 
-    Settings are taken when `config`, the one the evidence was made with, holds them all; a command when it is among
-    `commands`, those that have been run.
+    Settings are taken when `config`, the one the evidence was made with, holds them all; a command, filled in with
+    `values`, when it is among those that `ran`.
     """
-    ran = {tuple(shlex.split(command)) for command in commands}
-    return [
-        action
-        for action in actions
-        if not (
-            tuple(shlex.split(fill(action.command, values))) in ran
-            if action.command is not None
-            else all(_lookup(config, key) == value for key, value in action.set.items())
-        )
-    ]
+    done = {tuple(shlex.split(command)) for command in ran}
+
+    def taken(action: Action) -> bool:
+        if action.command is not None:
+            return tuple(shlex.split(fill(action.command, values))) in done
+        return all(_lookup(config, key) == value for key, value in action.set.items())
+
+    return [action for action in actions if not taken(action)]
 
 
 _ABSENT = object()

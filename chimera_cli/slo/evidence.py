@@ -1,7 +1,7 @@
 """Which result files stand for an objective, and what they say. Reads JSON alone; missing evidence is a sentence."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def _unfit_subject(objective: Objective, subject: Subject) -> str | None:
     """Return why no evidence about this subject can meet the objective; None where it can."""
     source, device = pack_of(subject.group).get("source"), device_of(subject.group)
     if objective.pack is not None and source != objective.pack:
-        return f"the law is about {objective.pack}, this run was trained on {source or 'an unknown set'}"
+        return f"it is about {objective.pack}, this run was trained on {source or 'an unknown set'}"
     if objective.hardware != "any" and device != objective.hardware:
         return f"needs {_article(objective.hardware)}, this run was made on {_article(device)}"
     return None
@@ -88,23 +88,12 @@ def _from_group(objective: Objective, home: Path, group: Group, seeds: tuple[int
             return Evidence(group, missing=found)
         documents.append(found)
         files.append(path.relative_to(home).as_posix())
-    for name in _figures_needed(objective):
-        for seed, document in zip(seeds, documents, strict=True):
-            if _number(document["figures"].get(name)) is None:
-                return Evidence(group, tuple(files), missing=f"{group.name}, seed {seed}, has no figure {name}")
     if len(seeds) < objective.seeds_at_least:
         need = f"{objective.seeds_at_least} seeds are needed"
         return Evidence(group, tuple(files), missing=f"{need}, {group.name} has {len(seeds)} to look at")
     names = {name for document in documents for name in document["figures"]}
     figures = {name: tuple(_number(document["figures"].get(name)) for document in documents) for name in names}
     return Evidence(group, tuple(files), seeds, figures)
-
-
-def _figures_needed(objective: Objective) -> Iterable[str]:
-    for condition in objective.all_of:
-        yield condition.figure
-        if condition.relative_to:
-            yield condition.relative_to
 
 
 def _number(value: Any) -> float | None:

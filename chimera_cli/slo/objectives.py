@@ -42,7 +42,7 @@ def _not_blank(text: str) -> str:
 
 
 # What a command in the law may leave open; `slo` fills it in from the run that is checked.
-PLACEHOLDERS = ("run", "pack", "config", "seeds", "device")
+PLACEHOLDERS = ("run", "pack", "source", "config", "seeds", "device")
 
 
 def _known_placeholders(text: str) -> str:
@@ -202,7 +202,11 @@ def for_profile(slos: Slos, profile: Profile) -> tuple[Objective, ...]:
 
 
 def left_out(slos: Slos, profile: Profile) -> tuple[str, ...]:
-    """Return the figures that other profiles judge and this one does not, in the order of the file."""
-    judged = {condition.figure for objective in for_profile(slos, profile) for condition in objective.all_of}
+    """Return the figures that other profiles judge and this one neither judges nor reports, in the file's order."""
+    told = {figure for objective in for_profile(slos, profile) for figure in _figures_of(objective)}
     others = [condition.figure for objective in slos.objectives for condition in objective.all_of]
-    return tuple(dict.fromkeys(figure for figure in others if figure not in judged))
+    return tuple(dict.fromkeys(figure for figure in others if figure not in told))
+
+
+def _figures_of(objective: Objective) -> list[str]:
+    return [one.figure for one in (*objective.all_of, *objective.beside)]

@@ -6,7 +6,7 @@ from datetime import date
 from typing import Literal
 
 from chimera_cli.slo.evidence import Evidence
-from chimera_cli.slo.objectives import Comparison, Condition, Objective, Waiver
+from chimera_cli.slo.objectives import Condition, Objective, Waiver
 from chimera_cli.statistics import Summary, summarise
 
 Word = Literal["pass", "fail", "inconclusive", "unmeasured", "waived"]
@@ -82,39 +82,44 @@ def _waive(verdict: Verdict, waiver: Waiver, today: date) -> Verdict:
 
 
 def _judge_condition(condition: Condition, evidence: Evidence) -> Finding:
-    """Return the finding on one condition by its statistic over the seeds.
-
-    `worst` is the value of the worst seed, `bound95` the pessimistic end of the 95 % t interval of the mean. With
-    `mean` an interval that reaches across the limit makes a met condition inconclusive.
-    """
+    """Return the finding on one condition; unmeasured where any seed lacks a figure it needs."""
     values = _known(evidence, condition.figure)
-    bases = _known(evidence, condition.relative_to) if condition.relative_to else [0.0] * len(values)
+    if values is None:
+        return Finding(condition, "unmeasured", reason=f"{condition.figure} was not measured")
+    if condition.relative_to is None:
+        return _compare(condition, values, [0.0] * len(values))
+    bases = _known(evidence, condition.relative_to)
+    if bases is None:
+        return Finding(condition, "unmeasured", reason=f"{condition.relative_to} was not measured")
+    return _compare(condition, values, bases)
+
+
+def _compare(condition: Condition, values: Sequence[float], bases: Sequence[float]) -> Finding:
+    """Return the finding on values by seed, each relative to the base of its seed, by the condition's statistic.
+
+    `worst` is the worst seed, `bound95` the pessimistic end of the 95 % t interval of the mean. With `mean` an interval
+    that reaches across the limit makes a met condition inconclusive.
+    """
     over = summarise([value - base for value, base in zip(values, bases, strict=True)])
+    upwards = condition.comparison in (">=", ">")
+    pessimistic = over.low if upwards else over.high
+    worst = min(over.values) if upwards else max(over.values)
+    judged = {"mean": over.mean, "worst": worst, "bound95": pessimistic}[condition.statistic]
     base, summary = sum(bases) / len(bases), summarise(values)
     limit = base + condition.limit
-    if condition.statistic == "bound95" and over.std is None:
+    if judged is None:
         return Finding(condition, "unmeasured", summary, None, limit, None, "an interval needs at least two seeds")
-    pessimistic = over.low if condition.comparison in (">=", ">") else over.high
-    judged = {"mean": over.mean, "worst": _worst(over, condition.comparison), "bound95": pessimistic}
-    value = judged[condition.statistic]
-    if value is None:
-        raise ValueError(f"{condition.figure} has no {condition.statistic} over {over.n} values")
-    margin = _margin(value, condition)
-    found = Finding(condition, "pass", summary, base + value, limit, margin)
-    if not _met(value, condition):
-        return _with(found, "fail", f"{condition.figure} misses its limit")
-    if condition.statistic == "mean" and pessimistic is not None and not _met(pessimistic, condition):
-        return _with(found, "inconclusive", f"the mean of {condition.figure} meets its limit, its interval straddles it")
-    return found
+    word: Word = "pass" if _met(judged, condition) else "fail"
+    reason = "" if word == "pass" else f"{condition.figure} misses its limit"
+    if word == "pass" and condition.statistic == "mean" and not (pessimistic is None or _met(pessimistic, condition)):
+        word, reason = "inconclusive", f"{condition.figure} meets its limit in the mean, its interval straddles it"
+    return Finding(condition, word, summary, base + judged, limit, _margin(judged, condition), reason)
 
 
-def _known(evidence: Evidence, name: str) -> list[float]:
-    """Return a figure of every seed. Evidence that lacks one never comes this far."""
-    return [value for value in evidence.figures[name] if value is not None]
-
-
-def _worst(over: Summary, comparison: Comparison) -> float:
-    return min(over.values) if comparison in (">=", ">") else max(over.values)
+def _known(evidence: Evidence, name: str) -> list[float] | None:
+    """Return a figure of every seed; None where any seed lacks it, because a mean over the others would mislead."""
+    known = [value for value in evidence.figures.get(name, ()) if value is not None]
+    return known if known and len(known) == len(evidence.seeds) else None
 
 
 def _margin(value: float, condition: Condition) -> float:
@@ -127,9 +132,3 @@ def _met(value: float, condition: Condition) -> bool:
     if abs(margin) <= _ROUNDING * max(1.0, abs(condition.limit)):
         return condition.comparison in (">=", "<=")
     return margin > 0
-
-
-def _with(finding: Finding, word: Word, reason: str) -> Finding:
-    return Finding(
-        finding.condition, word, finding.summary, finding.value, finding.limit, finding.margin, reason
-    )

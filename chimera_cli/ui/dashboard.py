@@ -43,7 +43,8 @@ Row = tuple[str, Text, Text]
 
 def render(state: DashboardState, now: float, width: int = 100, compact: bool = False) -> RenderableType:
     """Return the picture of `state` at `now` for a terminal of `width` columns; `compact` leaves out blank lines."""
-    inner = min(width, MAX_WIDTH) - 6
+    sides = 2 if width >= _NARROW else 1
+    inner = min(width, MAX_WIDTH) - 2 - 2 * sides
     sections: list[list[RenderableType]] = [
         [_header(state, now, inner)],
         _progress(state, now, inner),
@@ -57,10 +58,10 @@ def render(state: DashboardState, now: float, width: int = 100, compact: bool = 
             lines.append(Text(""))
         lines.extend(section)
     title = Text.from_markup(plain(state.title, max(inner - 2, 1)), style=_TITLE)
-    padding = (0, 2) if compact else (1, 2)
+    padding = (0, sides) if compact else (1, sides)
     return Panel(
         Group(*lines), title=title, title_align="left", box=box.ROUNDED, border_style="dim", padding=padding,
-        width=inner + 6,
+        width=inner + 2 + 2 * sides,
     )  # fmt: skip
 
 
@@ -181,7 +182,9 @@ def _bar_reading(bar: Bar, now: float, wide: bool, over: bool) -> Text:
     """Return `1,240 of 2,400  52 %  1:43 left`, or how long a stage took that is over."""
     text = Text(no_wrap=True, overflow="ellipsis")
     if bar.complete or over or bar.share is None:
-        text.append(f"{bar.done:,} {bar.unit}")
+        text.append(
+            f"{bar.done:,} {bar.unit}" if bar.complete or bar.share is None else f"{bar.done:,} of {bar.total:,}"
+        )
         return text.append(f"  in {clock(bar.seconds)}" if bar.complete or over else "", style=_DIM)
     if wide:
         text.append(f"{bar.done:,} of {bar.total:,}  ")
@@ -201,7 +204,7 @@ def _loss_reading(state: DashboardState) -> Text:
 def _pace(state: DashboardState) -> Text:
     """Return epoch, rates and throughput of the newest step in one line, cut where it doesn't fit."""
     text = Text(no_wrap=True, overflow="ellipsis")
-    parts = [Text.assemble(("epoch ", _DIM), str(state.epoch))] if state.epoch else []
+    parts = [Text.assemble(("epoch ", _DIM), str(state.epoch + 1))] if state.loss.last is not None else []
     for name, (label, form) in _PACE.items():
         value = state.metrics.get(name)
         if value is not None:
@@ -214,7 +217,7 @@ def _recalls(state: DashboardState, inner: int) -> list[RenderableType]:
     if state.latest is None:
         return []
     ranks = (1, 5, 10) if inner >= _NARROW - 6 else (1, 10)
-    label = _label_width(inner) + 2 if inner >= 64 else 8
+    label = _label_width(inner) + 2 if inner >= 64 else 6
     block = _CELL * len(ranks)
     heads = "".join(f"R@{k}".rjust(_CELL) for k in ranks)
     lines = [

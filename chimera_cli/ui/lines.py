@@ -59,7 +59,7 @@ def progress_line(state: DashboardState, event: Event, now: float) -> str:
         return ""
     parts = [f"{bar.name}: {bar.done:,}" + (f" of {bar.total:,}" if bar.total else "") + f" {bar.unit}"]
     if isinstance(event, StepDone):
-        parts += [f"epoch {state.epoch}"] if state.epoch else []
+        parts += [f"epoch {state.epoch + 1}"] if state.loss.last is not None else []
         parts += [
             f"{name.replace('_', ' ')} {event.metrics[name]:.4g}" for name in ("loss", "lr") if name in event.metrics
         ]

@@ -56,7 +56,8 @@ def _dashboard(console: Console, title: str, limits: Mapping[str, float]) -> Ite
         listen(snapshot.as_event())
 
     def picture() -> RenderableType:
-        return render(state, time.monotonic(), console.width, compact=console.height < _ROOMY_HEIGHT)
+        # Two columns stay free: the ^C that a terminal echoes there must not wrap and shift the picture.
+        return render(state, time.monotonic(), console.width - 2, compact=console.height < _ROOMY_HEIGHT)
 
     # stdout may be a file or a pipe: Live must not draw what is written there into the terminal.
     live = Live(get_renderable=picture, console=console, refresh_per_second=4, redirect_stdout=False)

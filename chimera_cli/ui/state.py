@@ -163,13 +163,14 @@ def _stage(bar: Bar | None, event: Progress, now: float) -> Bar:
 
 
 def _stepped(state: DashboardState, event: StepDone, now: float) -> DashboardState:
-    steps = state.steps
+    # Steps are counted from 0 and announced when they are over.
+    steps, done = state.steps, event.step + 1
     if steps is None:
-        steps = Bar("training", event.step, state.total_steps, "steps", now, event.step, now)
+        steps = Bar("training", done, state.total_steps, "steps", now, done, now)
     loss = event.metrics.get("loss")
     return replace(
         state,
-        steps=steps.advanced(event.step, state.total_steps, now),
+        steps=steps.advanced(done, state.total_steps, now),
         epoch=event.epoch,
         metrics=event.metrics,
         loss=state.loss if loss is None else state.loss.add(loss),

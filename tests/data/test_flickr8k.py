@@ -1,6 +1,7 @@
 """Flickr8k as people have it on disk: the layouts that are understood, and what is said of those that are not."""
 
 import io
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -239,3 +240,13 @@ def test_a_damaged_member_is_an_unreadable_file(tmp_path: Path) -> None:
     (tmp_path / "all.zip").write_bytes(content)
     with open_flickr8k(tmp_path / "all.zip") as corpus, pytest.raises(OSError, match="damaged in the archive"):
         [file.read() for file in corpus.files]
+
+
+@pytest.mark.flickr8k
+def test_the_real_set_has_the_official_counts() -> None:
+    origin = os.environ.get("FLICKR8K")
+    if not origin:
+        pytest.skip("FLICKR8K does not name the folder of the real set")
+    with open_flickr8k(Path(origin), official_counts=True) as corpus:
+        assert len(corpus.captions) == 40_455
+        assert sum(item.split == "unused" for item in corpus.items) == 91

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tests_models import TINY
 
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.models.checkpoint import load_model, save_model
@@ -16,20 +17,6 @@ from chimera_cli.models.text_tower import build_text_tower
 from chimera_cli.models.weights import DEFAULT_IMAGE, DEFAULT_TEXT, require_packaged_file
 
 CPU = torch.device("cpu")
-TINY = Architecture(
-    image_weights="tiny",
-    image_size=32,
-    image_locked=False,
-    flipped_view=False,
-    text_weights="tiny",
-    learn_layers=None,
-    max_tokens=16,
-    head="linear",
-    hidden=16,
-    dim=8,
-    dropout=0.0,
-    temperature=0.07,
-)
 LOCKED = replace(
     TINY, image_weights=DEFAULT_IMAGE, image_locked=True, text_weights=DEFAULT_TEXT, learn_layers=2, head="mlp"
 )

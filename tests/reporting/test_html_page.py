@@ -13,7 +13,10 @@ from chimera_cli.reporting.sections import Verdict, Verdicts, build
 from chimera_cli.runs import Group
 
 VERDICTS = Verdicts(
-    (Verdict("epoch", "<= 3 h", "81 s", "pass", "here"), Verdict("vram", "<= 7.5", "–", "unmeasured", "")),
+    (
+        Verdict("epoch", "10,000 pairs", "<= 3 h", "81 s", "pass", "here"),
+        Verdict("vram", "memory", "<= 7.5", "–", "unmeasured", ""),
+    ),
     ("Profile cpu.",),
     "chimera slo check",
 )

@@ -1,0 +1,250 @@
+"""`chimera eval`: retrieval figures of a run's best checkpoints on a split, with intervals and chance beside them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chimera_cli.errors import ChimeraError, UsageError
+from chimera_cli.events import Evaluated, Listener, Note, ignore
+from chimera_cli.figures import RETRIEVAL
+from chimera_cli.runs import SCHEMA_VERSION, Group, count_test_look, read_json, resolve_run, utc_now, write_json
+from chimera_cli.statistics import Summary, summarise_known
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from chimera_cli.data.pack import CaptionTable, Pack
+
+BOOTSTRAP_SEED = 0
+
+
+def evaluate_group(
+    home: Path,
+    run: str = "latest",
+    split: str = "dev",
+    data: str | None = None,
+    device: str = "auto",
+    resamples: int = 1000,
+    zero_shot: str | None = None,
+    listener: Listener = ignore,
+) -> dict[str, Any]:
+    """Return the evaluation of a run over its seeds and write it beside the run, per seed and for the group.
+
+    `data` is another pack than the one trained on; `zero_shot` names a column of its items whose values are classes.
+    Every look at the test split is counted in the group. Raises UsageError for a run, pack, split or column that is not
+    there, ChimeraError for a checkpoint that can't be read or embeddings that are not finite.
+    """
+    from chimera_cli.data.pack import SPLITS, open_pack, split_name
+    from chimera_cli.runtime import pick_device
+
+    group, seed = resolve_run(home, run)
+    if group.kind != "train":
+        raise UsageError(f"{group.name} is a {group.kind} run", "`chimera eval` takes a train run")
+    name = split_name(split)
+    if name not in SPLITS:
+        raise UsageError(f"the split {name!r} can't be evaluated", f"the splits are {', '.join(SPLITS)}")
+    pack = open_pack(home / "data", data or _trained_on(group))
+    table = _captions_of(pack, name)
+    labels = None if zero_shot is None else _labels(pack, name, zero_shot)
+    chosen = pick_device(device)
+    looks = _count_look(group, name, listener)
+    seeds = group.seeds if seed is None else (seed,)
+    documents = []
+    for one in seeds:
+        document = _evaluate_seed(group.seed_dir(one), one, pack, name, table, labels, chosen, resamples, listener)
+        write_json(_path(group.seed_dir(one), pack, name), document)
+        listener(Evaluated(int(document["checkpoint_step"] or 0), name, document["figures"]))
+        documents.append(document)
+    _write_aggregate(group, pack, name, looks)
+    return _result(group, pack, name, documents, looks)
+
+
+def _trained_on(group: Group) -> str:
+    pack = group.facts.get("pack")
+    if not isinstance(pack, Mapping) or "name" not in pack:
+        raise ChimeraError(f"{group.path / 'group.json'} names no pack", "say which one with --data")
+    return str(pack["name"])
+
+
+def _path(directory: Path, pack: "Pack", split: str) -> Path:
+    return directory / "evaluations" / f"{pack.name}-{split}.json"
+
+
+def _captions_of(pack: "Pack", split: str) -> "CaptionTable":
+    table = pack.captions(split)
+    if not len(table):
+        raise ChimeraError(f"the {split} split of {pack.name} has no captions", "retrieval needs images with captions")
+    return table
+
+
+def _count_look(group: Group, split: str, listener: Listener) -> int:
+    """Return how often the test split was looked at with this run, this time included."""
+    if split != "test":
+        return int(group.facts.get("test_looks", 0))
+    looks = count_test_look(group)
+    times = "once" if looks == 1 else f"{looks} times"
+    message = f"the test split has now been looked at {times} with {group.name}; choose nothing by what it shows"
+    listener(Note(message, "warning"))
+    return looks
+
+
+# ---- one seed -------------------------------------------------------------------------------------------------------
+
+
+def _evaluate_seed(
+    directory: Path,
+    seed: int,
+    pack: "Pack",
+    split: str,
+    table: "CaptionTable",
+    labels: "tuple[str, tuple[str, ...], NDArray[np.int64]] | None",
+    device: "torch.device",
+    resamples: int,
+    listener: Listener,
+) -> dict[str, Any]:
+    """Return the content of a seed's evaluation file."""
+    from chimera_cli.services.embeddings import embed_split
+
+    best = directory / "checkpoints" / "best.json"
+    step = read_json(best).get("step") if best.exists() else None
+    image, text = embed_split(directory, pack, split, device, listener)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "pack": {"name": pack.name, "fingerprint": pack.fingerprint},
+        "split": split,
+        "seed": seed,
+        "checkpoint": "best",
+        "checkpoint_step": step,
+        **measure(image, text, table.image_positions, resamples),
+        "zero_shot": None if labels is None else _classify(directory, image, labels, device, listener),
+        "created_at": utc_now(),
+    }
+
+
+def measure(
+    image_features: "NDArray[np.float32]",
+    text_features: "NDArray[np.float32]",
+    image_of_text: "NDArray[np.int64]",
+    resamples: int,
+) -> dict[str, Any]:
+    """Return counts, figures, intervals and chance of one set of embeddings, as the evaluation file has them."""
+    from chimera_cli.evaluation.retrieval import (
+        chance_figures,
+        retrieval_figures,
+        retrieval_intervals,
+        retrieval_ranks,
+    )
+
+    ranks = retrieval_ranks(image_features, text_features, image_of_text)
+    captions = ranks.captions_per_query()
+    images = len(ranks.i2t)
+    intervals = retrieval_intervals(ranks, resamples, BOOTSTRAP_SEED)
+    return {
+        "images": images,
+        "images_without_captions": images - ranks.queries.size,
+        "captions": len(ranks.t2i),
+        "captions_per_image": {"min": int(captions.min()), "max": int(captions.max())},
+        "figures": retrieval_figures(ranks),
+        "intervals": {name: list(ends) for name, ends in intervals.items()},
+        "bootstrap": {"resamples": resamples, "seed": BOOTSTRAP_SEED, "units": "query images"},
+        "chance": chance_figures(images, captions),
+    }
+
+
+# ---- zero-shot ------------------------------------------------------------------------------------------------------
+
+
+def _labels(pack: "Pack", split: str, column: str) -> "tuple[str, tuple[str, ...], NDArray[np.int64]]":
+    """Return the column, its class names in alphabetical order, and the class (images,) of each image of the split."""
+    import numpy as np
+
+    values = [pack.column(column)[index] for index in pack.split_indices(split).tolist()]
+    missing = sum(value is None or not str(value).strip() for value in values)
+    if missing:
+        raise ChimeraError(f"{missing:,} images of {pack.name}, {split}, have no {column}", "every image needs a label")
+    names = sorted({str(value) for value in values})
+    if len(names) < 2:
+        raise UsageError(f"the column {column} of {pack.name} has one value only", "a choice needs two classes")
+    place = {name: index for index, name in enumerate(names)}
+    return column, tuple(names), np.asarray([place[str(value)] for value in values], dtype=np.int64)
+
+
+def _classify(
+    directory: Path,
+    image_features: "NDArray[np.float32]",
+    labels: "tuple[str, tuple[str, ...], NDArray[np.int64]]",
+    device: "torch.device",
+    listener: Listener,
+) -> dict[str, Any]:
+    """Return zero-shot accuracy with the class names as prompts, and that of guessing."""
+    from chimera_cli.evaluation.zero_shot import TEMPLATES, class_ranks, class_weights, prompts, zero_shot_figures
+    from chimera_cli.services.embeddings import embed_texts
+
+    column, names, truth = labels
+    features = embed_texts(directory, prompts(names), device, listener)
+    ranks = class_ranks(image_features, class_weights(features, len(names)), truth)
+    return {
+        "column": column,
+        "classes": list(names),
+        "templates": list(TEMPLATES),
+        "figures": zero_shot_figures(ranks, len(names)),
+        "chance": {"zero_shot_top1": 1 / len(names), "zero_shot_top5": 5 / len(names) if len(names) > 5 else None},
+    }
+
+
+# ---- over seeds -----------------------------------------------------------------------------------------------------
+
+
+def _over_seeds(documents: Sequence[Mapping[str, Any]]) -> dict[str, Summary | None]:
+    return {name: summarise_known([document["figures"].get(name) for document in documents]) for name in RETRIEVAL}
+
+
+def _write_aggregate(group: Group, pack: "Pack", split: str, looks: int) -> None:
+    """Write the group's evaluation file once every seed has one of this content of the pack."""
+    paths = [_path(group.seed_dir(seed), pack, split) for seed in group.seeds]
+    if not all(path.exists() for path in paths):
+        return
+    documents = [read_json(path) for path in paths]
+    if any((document.get("pack") or {}).get("fingerprint") != pack.fingerprint for document in documents):
+        return
+    summaries = _over_seeds(documents)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "pack": {"name": pack.name, "fingerprint": pack.fingerprint},
+        "split": split,
+        "seeds": list(group.seeds),
+        "images": documents[0]["images"],
+        "captions": documents[0]["captions"],
+        "figures": {name: None if one is None else one.as_dict() for name, one in summaries.items()},
+        "test_looks": looks,
+        "created_at": utc_now(),
+    }
+    write_json(_path(group.path, pack, split), document)
+
+
+def _result(
+    group: Group, pack: "Pack", split: str, documents: Sequence[Mapping[str, Any]], looks: int
+) -> dict[str, Any]:
+    """Return what `chimera eval` prints: means by name under `figures`, spreads and seeds beside them."""
+    summaries = _over_seeds(documents)
+    figures = {name: None if one is None else one.mean for name, one in summaries.items()}
+    guesses = [document["zero_shot"]["figures"] for document in documents if document["zero_shot"]]
+    for name in guesses[0] if guesses else ():
+        over = summarise_known([guess[name] for guess in guesses])
+        summaries[name], figures[name] = over, None if over is None else over.mean
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run": group.name,
+        "pack": {"name": pack.name, "fingerprint": pack.fingerprint},
+        "split": split,
+        "seeds": [document["seed"] for document in documents],
+        "images": documents[0]["images"],
+        "captions": documents[0]["captions"],
+        "figures": figures,
+        "over_seeds": {name: None if one is None else one.as_dict() for name, one in summaries.items()},
+        "chance": documents[0]["chance"] | ((documents[0]["zero_shot"] or {}).get("chance") or {}),
+        "by_seed": list(documents),
+        "test_looks": looks,
+    }

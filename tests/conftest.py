@@ -1,0 +1,87 @@
+"""What many tests share: a home with the toy pack, made once, and the real entry point as a process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+FLICKR8K = REPOSITORY.parent / "shared" / "flickr8k"
+
+# Small towers from scratch: 200 updates take a second, and nothing is read but the packaged vocabulary.
+TINY_SANITY = (
+    "image.weights=tiny", "text.weights=tiny", "image.image_size=48", "optimiser.lr_image=3e-3", "optimiser.lr_text=3e-3",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished process."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Chimera = Callable[..., Done]
+
+
+@pytest.fixture(scope="session")
+def toy_pack_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with the toy pack alone. Read-only: tests that write take `toy_home`."""
+    from chimera_cli.services.data import prepare
+
+    home = tmp_path_factory.mktemp("toy-home")
+    prepare("toy", home=home)
+    return home
+
+
+@pytest.fixture
+def toy_home(toy_pack_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh home that sees the toy pack and may be written to; `CHIMERA_HOME` points there."""
+    home = tmp_path / "home"
+    (home / "data").mkdir(parents=True)
+    shutil.copytree(toy_pack_home / "data" / "toy", home / "data" / "toy", copy_function=os.link)
+    monkeypatch.setenv("CHIMERA_HOME", str(home))
+    return home
+
+
+@pytest.fixture
+def chimera(tmp_path: Path) -> Chimera:
+    """Run `chimera ARGUMENTS` as a process and return what came of it."""
+
+    def run(*arguments: str, home: Path | None = None, cwd: Path = REPOSITORY, **variables: str) -> Done:
+        environment = (
+            os.environ | {"CHIMERA_HOME": str(home or tmp_path), "COLUMNS": "120", "NO_COLOR": "1"} | variables
+        )
+        executable = Path(sys.executable).with_name("chimera")
+        done = subprocess.run(
+            [str(executable), *arguments],
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def flickr8k() -> Path:
+    """The folder of the real data set; tests that need it skip visibly where it is absent."""
+    if not FLICKR8K.is_dir():
+        pytest.skip("the real Flickr8k is not at ../shared/flickr8k")
+    return FLICKR8K

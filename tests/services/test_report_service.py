@@ -1,0 +1,168 @@
+"""`chimera report` from end to end: real verdicts, the page on disk, JSON, and a light start."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+
+from chimera_cli.cli.report import report_command
+from chimera_cli.errors import ChimeraError, UsageError
+from chimera_cli.figures import RECALLS
+from chimera_cli.runs import Group, create_group, finish_group, update_group, utc_now, write_json, write_text
+from chimera_cli.services.report import report
+
+HEAVY = ("torch", "timm", "transformers", "mlflow", "pandas", "scipy")
+SLO = """
+schema_version: 1
+law: false
+objectives:
+  - id: epoch
+    title: an epoch
+    kind: train
+    all_of: [{figure: epoch_10k_pairs_s, comparison: "<=", limit: 90}]
+    measure: chimera train full
+  - id: memory
+    title: the card holds it
+    kind: train
+    profiles: [gpu]
+    all_of: [{figure: vram_peak_gb, comparison: "<=", limit: 7.5}]
+    measure: chimera train full
+  - id: sanity
+    title: proof of life
+    kind: sanity
+    all_of: [{figure: loss_drop, comparison: ">=", limit: 0.15}]
+    measure: chimera train sanity --seed 0
+"""
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Group:
+    """A training run of two seeds on a CPU, evaluated on dev."""
+    pack = {"name": "toy", "fingerprint": "f" * 64, "source": "toy"}
+    hardware = {"device": "cpu", "cpu": "Testor", "cores": 2, "gpu": None}
+    facts = {"command": "chimera train full --config x.yaml", "pack": pack, "source_hash": "5" * 64}
+    group = create_group(tmp_path, "train", "x", (0, 1), facts | {"hardware": hardware})
+    for seed in group.seeds:
+        directory = group.seed_dir(seed)
+        times = {"started_at": utc_now(), "finished_at": utc_now(), "status": "finished", "seed": seed}
+        figures = {"epoch_10k_pairs_s": 80.0 + 20 * seed, "wall_s": 3.0, "vram_peak_gb": None}
+        write_json(directory / "result.json", {**times, "kind": "train", "figures": figures, "details": {}})
+        write_text(directory / "config.yaml", "batch: 2\n")
+        recalls = dict.fromkeys(RECALLS, 0.5)
+        counts = {"images": 300, "captions": 1500, "created_at": utc_now(), "checkpoint_step": 3}
+        evaluation = {"pack": pack, "split": "dev", "seed": seed, **counts, "figures": recalls}
+        write_json(directory / "evaluations" / "toy-dev.json", evaluation)
+    return finish_group(group, "finished")
+
+
+@pytest.fixture
+def slo(tmp_path: Path) -> Path:
+    path = tmp_path / "slo.yaml"
+    path.write_text(SLO)
+    return path
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The command as the executable runs it, with CHIMERA_HOME set."""
+    app = typer.Typer()
+    app.command()(report_command)
+    monkeypatch.setenv("CHIMERA_HOME", str(tmp_path))
+    return lambda *words: app(list(words), standalone_mode=False)
+
+
+def row_of(markdown: str, start: str) -> list[str]:
+    (line,) = [line for line in markdown.splitlines() if line.startswith(f"| {start}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_verdicts_of_slo_check_stand_in_the_report(tmp_path: Path, group: Group, slo: Path) -> None:
+    text = report(tmp_path, slo=slo).markdown
+    assert text.splitlines()[2].startswith("> **Not the law.**")
+    assert "Judged under profile cpu, because this run was made without a GPU." in text
+    assert row_of(text, "`epoch`")[3] == "**fail**"
+    unmeasured = row_of(text, "`sanity`")
+    assert unmeasured[2:4] == ["–", "**unmeasured**"]
+    assert "run `chimera train sanity --seed 0`" in unmeasured[4]
+    assert "`memory`" not in text
+
+
+def test_the_profile_that_is_asked_for_is_used_without_excuse(tmp_path: Path, group: Group, slo: Path) -> None:
+    text = report(tmp_path, profile="gpu", slo=slo).markdown
+    assert row_of(text, "`memory`")[3] == "**unmeasured**"
+    assert "Judged under" not in text
+
+
+def test_a_run_on_a_gpu_is_judged_as_one(tmp_path: Path, group: Group, slo: Path) -> None:
+    hardware = {"device": "cuda", "cpu": "Testor", "cores": 2, "gpu": "GTX 1080"}
+    update_group(group, hardware=hardware)
+    text = report(tmp_path, slo=slo).markdown
+    assert row_of(text, "`memory`")[3] == "**unmeasured**"
+    assert "GTX 1080; Testor, 2 cores" in text
+
+
+def test_one_seed_alone_can_be_reported(tmp_path: Path, group: Group, slo: Path) -> None:
+    made = report(tmp_path, f"{group.name}/seed-0", slo=slo)
+    assert row_of(made.markdown, "`epoch`")[3] == "pass"
+    assert made.facts["figures"]["epoch_10k_pairs_s"]["values"] == [80.0]
+
+
+def test_only_training_runs_have_a_report(tmp_path: Path, group: Group, slo: Path) -> None:
+    sanity = create_group(tmp_path, "sanity", "", (0,), {})
+    with pytest.raises(UsageError, match="is a sanity run"):
+        report(tmp_path, sanity.name, slo=slo)
+    with pytest.raises(UsageError, match="no run is called"):
+        report(tmp_path, "nothing", slo=slo)
+
+
+def test_markdown_goes_to_stdout_unwrapped_and_the_page_to_its_file(
+    tmp_path: Path, group: Group, slo: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "pages" / "report.html"
+    command("--slo", str(slo), "--html", str(page))
+    out, err = capsys.readouterr()
+    assert out == report(tmp_path, slo=slo).markdown
+    assert str(page) in err
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_json_is_one_object_with_figures_by_name(
+    group: Group, slo: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("--slo", str(slo), "--json")
+    made = json.loads(capsys.readouterr().out)
+    assert made["figures"]["i2t_r1"]["mean"] == 0.5
+    assert made["figures"]["wall_s"]["n"] == 2
+    assert made["figures"]["vram_peak_gb"] is None
+    assert made["slo"]["verdict"] == "fail"
+    assert made["benchmarks"] == {"loader": None, "encoders": None, "sanity": None}
+
+
+def test_a_page_that_can_not_be_written_is_one_sentence(tmp_path: Path, group: Group, slo: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ChimeraError, match="can't be written"):
+        report(tmp_path, slo=slo, html=tmp_path / "file" / "report.html")
+
+
+def test_a_cut_result_is_one_sentence(tmp_path: Path, group: Group, slo: Path) -> None:
+    path = group.seed_dir(1) / "result.json"
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(ChimeraError, match=r"seed-1/result\.json is not valid JSON"):
+        report(tmp_path, slo=slo)
+
+
+def test_markdown_is_made_without_heavy_libraries(tmp_path: Path, group: Group, slo: Path) -> None:
+    code = (
+        "import sys, json, typer; from chimera_cli.cli.report import report_command\n"
+        "app = typer.Typer(); app.command()(report_command)\n"
+        f"app(['--slo', {str(slo)!r}], standalone_mode=False)\n"
+        f"print(json.dumps([name for name in {(*HEAVY, 'matplotlib', 'jinja2')!r} if name in sys.modules]))"
+    )
+    environment = os.environ | {"CHIMERA_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == []

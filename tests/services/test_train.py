@@ -1,0 +1,130 @@
+"""Training as a whole on the toy pack: the proof of life and its control, a locked recipe, what is left on disk."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chimera_cli.config import SanityConfig, TrainConfig, load_config
+from chimera_cli.errors import ChimeraError
+from chimera_cli.events import Event, Progress
+from chimera_cli.runs import latest_group, list_groups, read_json_lines, resolve_run
+from chimera_cli.services.train import train_full, train_sanity
+from conftest import TINY_SANITY
+
+SCRATCH = (
+    "data=toy", "image.weights=tiny", "image.locked=false", "image.image_size=48", "text.weights=tiny", "text.learn_layers=null",
+    "heads.kind=linear", "heads.dim=64", "epochs=2", "batch=250", "optimiser.lr_image=3e-3", "optimiser.lr_text=3e-3",
+)  # fmt: skip
+LOCKED = (
+    "data=toy", "image.image_size=32", "augmentation.flip=true", "heads.hidden=128", "heads.dim=64", "epochs=3", "batch=500",
+)  # fmt: skip
+
+
+def test_proof_of_life_and_its_shuffled_control(toy_home: Path) -> None:
+    config = load_config(SanityConfig, None, [*TINY_SANITY, "data=toy"])
+    alive = train_sanity(toy_home, config, 0, "chimera train sanity")
+    control = train_sanity(toy_home, config, 0, "chimera train sanity --shuffled", shuffled=True)
+    assert alive["details"]["passed"]
+    assert not control["details"]["passed"]
+    losses = alive["details"]["losses"]
+    assert len(losses) == 201
+    assert alive["figures"]["loss_drop"] == losses[0] - losses[200]
+    assert alive["figures"]["loss_tail_mean"] == pytest.approx(np.mean(losses[191:]))
+    assert alive["figures"]["chance_loss"] == pytest.approx(math.log(32))
+    assert alive["figures"]["vram_peak_gb"] is None
+
+
+def test_both_towers_learn_in_the_proof_of_life(toy_home: Path) -> None:
+    from chimera_cli.models.dual_encoder import build_dual_encoder
+    from chimera_cli.services.train import _architecture
+
+    config = SanityConfig()
+    architecture = _architecture(config.image, config.text, config.heads, config.loss, flipped_view=False)
+    model = build_dual_encoder(architecture)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_group_holds_one_run_per_seed_and_all_its_files(toy_home: Path) -> None:
+    config = load_config(TrainConfig, None, SCRATCH)
+    result = train_full(toy_home, config, (0, 1), "scratch", "chimera train full ...")
+    group = latest_group(toy_home)
+    assert group.name == result["group"]
+    assert group.status == "finished"
+    assert group.facts["pack"]["name"] == "toy"
+    for seed in (0, 1):
+        folder = group.seed_dir(seed)
+        for name in ("config.yaml", "environment.json", "metrics.jsonl", "telemetry.jsonl", "result.json"):
+            assert (folder / name).stat().st_size > 0, name
+        steps = [row["step"] for row in read_json_lines(folder / "metrics.jsonl") if "loss" in row]
+        assert steps == list(range(16))
+        assert (folder / "checkpoints" / "best.safetensors").exists()
+    first, second = (part["figures"]["loss_first"] for part in result["results"])
+    assert first != second, "seeds must change the run"
+
+
+def test_the_same_seed_gives_the_same_losses(toy_home: Path) -> None:
+    config = load_config(TrainConfig, None, [*SCRATCH, "epochs=1"])
+    losses = []
+    for _ in range(2):
+        group, _ = resolve_run(toy_home, train_full(toy_home, config, (4,), "again", "x")["group"])
+        losses.append([row["loss"] for row in read_json_lines(group.seed_dir(4) / "metrics.jsonl") if "loss" in row])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 8
+
+
+def test_locked_features_are_computed_once_and_verified(toy_home: Path) -> None:
+    config = load_config(TrainConfig, None, LOCKED)
+    stages: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Progress):
+            stages.append(event.stage)
+
+    first = train_full(toy_home, config, (0,), "locked", "x", listen)
+    assert "train image features" in stages
+    assert "train caption features" in stages
+    stages.clear()
+    second = train_full(toy_home, config, (0,), "locked", "x", listen)
+    assert stages == []
+    assert second["dev"] == first["dev"]
+    assert second["figures"]["features_s"]["mean"] == first["figures"]["features_s"]["mean"]
+    stored = next((toy_home / "data").rglob("train-images-*.npy"))
+    features = np.load(stored)
+    assert features.shape == (2000, 2, 1280)
+    features[0] = 0
+    np.save(stored, features)
+    train_full(toy_home, config, (0,), "locked", "x", listen)
+    assert "train image features" in stages, "a changed cache file must be computed anew"
+
+
+def test_embeddings_of_the_best_checkpoint_repeat_its_dev_figures(toy_home: Path) -> None:
+    import torch
+
+    from chimera_cli.data.pack import open_pack
+    from chimera_cli.evaluation.retrieval import retrieval_figures, retrieval_ranks
+    from chimera_cli.services.embeddings import embed_split
+
+    result = train_full(toy_home, load_config(TrainConfig, None, LOCKED), (0,), "locked", "x")
+    group, _ = resolve_run(toy_home, result["group"])
+    pack = open_pack(toy_home / "data", "toy")
+    image, text = embed_split(group.seed_dir(0), pack, "dev", torch.device("cpu"))
+    figures = retrieval_figures(retrieval_ranks(image, text, pack.captions("dev").image_positions))
+    assert figures == pytest.approx(result["results"][0]["details"]["best_dev"])
+
+
+def test_a_batch_larger_than_the_set_is_refused_and_leaves_nothing(toy_home: Path) -> None:
+    with pytest.raises(ChimeraError, match="batch 5000 is larger than the 2000 training images of toy"):
+        train_full(toy_home, load_config(TrainConfig, None, [*SCRATCH, "batch=5000"]), (0,), "x", "x")
+    assert list_groups(toy_home) == []
+
+
+def test_a_run_that_fails_says_so_in_its_group(toy_home: Path) -> None:
+    config = load_config(TrainConfig, None, [*SCRATCH, "optimiser.lr_heads=1e30", "optimiser.clip_norm=0"])
+    with pytest.raises(ChimeraError, match="the loss is"):
+        train_full(toy_home, config, (0,), "broken", "x")
+    assert [group.status for group in list_groups(toy_home)] == ["failed"]
+    facts = json.loads((list_groups(toy_home)[0].path / "group.json").read_text(encoding="utf-8"))
+    assert facts["finished_at"]
