@@ -73,11 +73,7 @@ def format_value(name: str, value: float | None) -> str:
         return f"{100 * value:.1f} %"
     if kind == "seconds":
         return format_seconds(value)
-    if kind in ("gib", "loss"):
-        return f"{value:.2f}{' GiB' if kind == 'gib' else ''}"
-    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 or kind == "rank" else 3
-    unit = f" {figure.unit}" if figure and figure.unit else ""
-    return f"{value:,.{digits}f}{unit}"
+    return f"{_number(value, value, figure)}{_unit(figure)}"
 
 
 def format_spread(name: str, mean: float | None, std: float | None, n: int) -> str:
@@ -89,7 +85,22 @@ def format_spread(name: str, mean: float | None, std: float | None, n: int) -> s
     figure = FIGURES.get(name)
     if figure is not None and figure.kind == "share":
         return f"{100 * mean:.1f} ± {100 * std:.1f} % (n={n})"
-    return f"{format_value(name, mean)} ± {format_value(name, std)} (n={n})"
+    if figure is not None and figure.kind == "seconds":
+        return f"{format_value(name, mean)} ± {format_value(name, std)} (n={n})"
+    return f"{_number(mean, mean, figure)} ± {_number(std, mean, figure)}{_unit(figure)} (n={n})"
+
+
+def _number(value: float, scale: float, figure: Figure | None) -> str:
+    """Return `value` with as many digits as a value of the size of `scale` deserves."""
+    kind = figure.kind if figure else "number"
+    if kind in ("gib", "loss"):
+        return f"{value:.2f}"
+    digits = 0 if abs(scale) >= 1000 else 1 if abs(scale) >= 10 or kind == "rank" else 3
+    return f"{value:,.{digits}f}"
+
+
+def _unit(figure: Figure | None) -> str:
+    return f" {figure.unit}" if figure and figure.unit else ""
 
 
 def format_seconds(seconds: float) -> str:

@@ -222,7 +222,11 @@ def count_test_look(group: Group) -> int:
 
 
 def list_groups(home: Path, kind: str | None = None) -> list[Group]:
-    """Return all groups with a readable group.json, the newest first by its `created_at`."""
+    """Return all groups with a readable group.json, the newest first by its `created_at`.
+
+    A folder whose group.json is cut off is passed over: one broken run must not hide all others. Naming it in
+    `resolve_run` says what is wrong with it.
+    """
     folder = runs_dir(home)
     if not folder.is_dir():
         return []
@@ -230,7 +234,10 @@ def list_groups(home: Path, kind: str | None = None) -> list[Group]:
     for path in folder.iterdir():
         if not (path / "group.json").is_file():
             continue
-        group = Group(path, read_json(path / "group.json"))
+        try:
+            group = Group(path, read_json(path / "group.json"))
+        except ChimeraError:
+            continue
         if kind is None or group.kind == kind:
             groups.append(group)
     return sorted(groups, key=lambda group: (str(group.facts["created_at"]), group.name), reverse=True)
@@ -264,6 +271,8 @@ def latest_group(home: Path, kind: str = "train") -> Group:
 
 
 def _by_prefix(home: Path, prefix: str) -> Group:
+    if prefix and (runs_dir(home) / prefix / "group.json").is_file():
+        read_json(runs_dir(home) / prefix / "group.json")
     groups = list_groups(home)
     exact = [group for group in groups if group.name == prefix]
     fitting = exact or [group for group in groups if prefix and group.name.startswith(prefix)]

@@ -17,7 +17,8 @@ FLICKR8K = REPOSITORY.parent / "shared" / "flickr8k"
 
 # Small towers from scratch: 200 updates take a second, and nothing is read but the packaged vocabulary.
 TINY_SANITY = (
-    "image.weights=tiny", "text.weights=tiny", "image.image_size=48", "optimiser.lr_image=3e-3", "optimiser.lr_text=3e-3",
+    "image.weights=tiny", "text.weights=tiny", "image.image_size=48",
+    "optimiser.lr_image=3e-3", "optimiser.lr_text=3e-3",
 )  # fmt: skip
 
 

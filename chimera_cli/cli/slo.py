@@ -90,7 +90,7 @@ def _heading(result: Mapping[str, Any], title: str) -> list[RenderableType]:
 
 
 def _margin(condition: Mapping[str, Any]) -> Text:
-    """Return the distance to the limit on the good side, in the colour of the condition's verdict where it is no pass."""
+    """Return the distance to the limit on the good side, coloured where the condition is no pass."""
     from chimera_cli.figures import format_value
 
     margin, word = condition["margin"], condition["verdict"]

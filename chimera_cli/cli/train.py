@@ -36,7 +36,7 @@ def sanity(
     from chimera_cli.services.train import train_sanity
 
     resolved = load_config(SanityConfig, config, _with_data(changes, data))
-    with live("proof of life") as listener:
+    with live("proof of life", wall_s=1500, vram_peak_gb=7.5) as listener:
         result = train_sanity(home(), resolved, seed, command_line(), listener, shuffled)
     emit(result, as_json, _sanity_table)
     if not result["details"]["passed"]:
@@ -58,7 +58,7 @@ def full(
 
     resolved = load_config(TrainConfig, config, _with_data(changes, data))
     wanted = parse_seeds(seeds)
-    with live(f"train {config.stem}") as listener:
+    with live(f"train {config.stem}", vram_peak_gb=7.5) as listener:
         result = train_full(home(), resolved, wanted, config.stem, command_line(), listener)
     emit(result, as_json, _full_table)
 

@@ -99,7 +99,8 @@ def _image_inputs(
     generator = torch.Generator().manual_seed(seed)
     if model.architecture.image_locked:
         pooled = pooled_image_features(model, bench.pack, "train", bench.device, tell).values
-        return noisy_rows(torch.from_numpy(pooled).to(bench.device), generator, feature_noise)
+        views = torch.from_numpy(pooled).to(bench.device)
+        return noisy_rows(views, generator, feature_noise, images_without_sides(bench.pack))
     return augmented_pixels(
         bench.pack.images,
         bench.pack.split_indices("train"),
@@ -108,8 +109,19 @@ def _image_inputs(
         bench.device,
         generator,
         crop_scale=crop_scale,
-        flip=model.architecture.flipped_view,
+        may_flip=images_without_sides(bench.pack) if model.architecture.flipped_view else None,
     )
+
+
+def images_without_sides(pack: "Pack") -> "Tensor":
+    """Return for each training image, (n,) bool, that none of its captions says left or right: it may be mirrored."""
+    import torch
+
+    from chimera_cli.data.captions import mentions_side
+
+    table = pack.captions("train")
+    sided = [any(mentions_side(table.texts[row]) for row in rows) for rows in table.by_image()]
+    return ~torch.tensor(sided)
 
 
 def _text_inputs(

@@ -62,7 +62,7 @@ def seed_session(
     import yaml
 
     from chimera_cli.services.provenance import environment
-    from chimera_cli.telemetry.sampler import sample_machine
+    from chimera_cli.telemetry.sampler import gpu_uuid_of, sample_machine
 
     directory = group.seed_dir(seed)
     write_text(directory / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
@@ -85,8 +85,11 @@ def seed_session(
         return result
 
     try:
-        with sample_machine(on_sample=lambda snapshot: tell(snapshot.as_event())) as sampler:
-            yield SeedSession(directory, tell, sampler.mean_gpu_util, finish)
+        # Another card of this machine, or an idle one beside a CPU run, says nothing about this run.
+        uuid = gpu_uuid_of(device.index or 0) if device.type == "cuda" else None
+        with sample_machine(on_sample=lambda snapshot: tell(snapshot.as_event()), gpu_uuid=uuid) as sampler:
+            gpu_util = sampler.mean_gpu_util if device.type == "cuda" else lambda: None
+            yield SeedSession(directory, tell, gpu_util, finish)
     except KeyboardInterrupt:
         tell(RunFinished(seed, "interrupted"))
         raise

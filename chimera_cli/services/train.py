@@ -13,6 +13,7 @@ from chimera_cli.services.inputs import Workbench, dev_evaluation, training_batc
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from chimera_cli.data.pack import Pack
     from chimera_cli.models.dual_encoder import Architecture, DualEncoder
@@ -43,7 +44,7 @@ def train_sanity(
     _refuse_small_split(bench.pack, config.batch)
     facts = group_facts(command, bench.pack, config.model_dump(), bench.device)
     label = "shuffled" if shuffled else ""
-    with group_session(home, "sanity", label, [seed], facts) as group, track(home, group) as tracker:
+    with group_session(home, "sanity", label, [seed], facts) as group, track(home, group, listener) as tracker:
         listeners = [listener, tracker]
         with seed_session(group, seed, config.model_dump(), bench.device, listeners, config.updates) as session:
             return {"group": group.name} | _sanity_seed(bench, config, seed, session, shuffled)
@@ -107,7 +108,7 @@ def train_full(
     facts = group_facts(command, bench.pack, config.model_dump(), bench.device)
     total = config.epochs * _updates_per_epoch(bench.pack, config.batch)
     results = []
-    with group_session(home, "train", label, seeds, facts) as group, track(home, group) as tracker:
+    with group_session(home, "train", label, seeds, facts) as group, track(home, group, listener) as tracker:
         for seed in seeds:
             listeners = [listener, tracker]
             with seed_session(group, seed, config.model_dump(), bench.device, listeners, total) as session:
@@ -323,3 +324,42 @@ def _checkpointer(
             tell(Saved(str(folder / "best.safetensors"), "best checkpoint", step))
 
     return save
+
+
+def make_training_step(config: TrainConfig, pack: "Pack", device: "torch.device") -> "Callable[[Tensor], None]":
+    """Return one real update of a config on normalised pixels (batch, 3, S, S), for the loader's benchmark.
+
+    A locked image tower runs without gradients, as it does when its features are computed. The captions are those of
+    the first images: what a step costs does not depend on which they are.
+    """
+    import torch
+
+    from chimera_cli.runtime import device_capability, pick_precision
+    from chimera_cli.training.batches import PairBatch
+    from chimera_cli.training.loop import train
+    from chimera_cli.training.losses import LOSSES
+    from chimera_cli.training.optimiser import build_optimiser, build_schedule
+
+    rates = config.optimiser.model_dump(include={"lr_heads", "lr_image", "lr_text", "weight_decay"})
+    shape = _architecture(config.image, config.text, config.heads, config.loss, flipped_view=False)
+    model = _fresh_model(shape, 0, device)
+    texts = pack.captions("train").texts
+    precision = pick_precision(config.precision, device_capability(device))
+    optimiser = build_optimiser(model, **rates)
+    schedule = build_schedule(optimiser, 1_000_000, 0.0)
+
+    def step(pixels: "Tensor") -> None:
+        tokens = {name: part.to(device) for name, part in model.tokenise(texts[: len(pixels)]).items()}
+        batch = PairBatch(0, pixels, tokens, torch.arange(len(pixels), device=device))
+        train(
+            model,
+            iter([batch]),
+            LOSSES[config.loss.kind],
+            optimiser,
+            schedule,
+            updates=1,
+            device=device,
+            precision=precision,
+        )
+
+    return step

@@ -209,4 +209,4 @@ def left_out(slos: Slos, profile: Profile) -> tuple[str, ...]:
 
 
 def _figures_of(objective: Objective) -> list[str]:
-    return [one.figure for one in (*objective.all_of, *objective.beside)]
+    return [condition.figure for condition in objective.all_of] + [one.figure for one in objective.beside]

@@ -14,10 +14,12 @@ from chimera_cli.models.image_tower import ImageTower
 Indices = NDArray[np.int64]
 
 
-def noisy_rows(views: Tensor, generator: torch.Generator, noise: float) -> Callable[[Indices, int], Tensor]:
+def noisy_rows(
+    views: Tensor, generator: torch.Generator, noise: float, may_flip: Tensor | None = None
+) -> Callable[[Indices, int], Tensor]:
     """Return a function (positions, epoch) -> features (batch, width): a random view of each row, with noise.
 
-    `views` is (n, views, width). The noise is Gaussian with `noise` times the standard deviation of each feature,
+    `views` is (n, views, width); where `may_flip` (n,) is false only the first is shown. The noise is Gaussian with `noise` times the standard deviation of each feature,
     which keeps heads from learning single features by heart.
     """
     scale = noise * views.flatten(0, 1).std(dim=0)
@@ -25,6 +27,8 @@ def noisy_rows(views: Tensor, generator: torch.Generator, noise: float) -> Calla
     def rows(positions: Indices, _epoch: int) -> Tensor:
         index = torch.from_numpy(positions).to(views.device)
         view = torch.randint(views.shape[1], index.shape, generator=generator).to(views.device)
+        if may_flip is not None:
+            view = view * may_flip.to(views.device)[index]
         picked = views[index, view]
         if noise == 0:
             return picked
@@ -42,9 +46,12 @@ def augmented_pixels(
     generator: torch.Generator,
     *,
     crop_scale: float,
-    flip: bool,
+    may_flip: Tensor | None,
 ) -> Callable[[Indices, int], Tensor]:
-    """Return a function (positions, epoch) -> normalised pixels (batch, 3, S, S), cropped and flipped at random."""
+    """Return a function (positions, epoch) -> normalised pixels (batch, 3, S, S), cropped and flipped at random.
+
+    `may_flip` (n,) says which images may be mirrored; None mirrors none.
+    """
 
     def pixels(positions: Indices, _epoch: int) -> Tensor:
         rows = indices[positions]
@@ -54,8 +61,8 @@ def augmented_pixels(
             batch = random_resized_crop(batch, image_size, generator, scale=(crop_scale, 1.0))
         else:
             batch = resize(batch, image_size)
-        if flip:
-            batch = horizontal_flip(batch, generator)
+        if may_flip is not None:
+            batch = horizontal_flip(batch, generator, may_flip[torch.from_numpy(positions)])
         floats: Tensor = normalise(batch, tower.mean, tower.std)
         return floats.contiguous(memory_format=torch.channels_last)
 

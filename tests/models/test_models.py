@@ -45,6 +45,15 @@ def test_text_features_equal_the_sentence_encoder_that_the_package_ships() -> No
             assert torch.allclose(ours[row], alone, atol=1e-5)
 
 
+def test_a_large_batch_in_pieces_equals_one_caption_at_a_time() -> None:
+    tower = build_text_tower("tiny").eval()
+    texts = [" ".join(["word"] * (1 + row * 7 % 13)) + f" {row}" for row in range(200)]
+    with torch.inference_mode():
+        together = tower(tower.tokenise(texts, 32))
+        alone = torch.cat([tower(tower.tokenise([text], 32)) for text in texts])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
 def test_features_have_unit_length_and_one_row_each() -> None:
     model = build_dual_encoder(TINY).eval()
     image = model.encode_image(torch.randn(3, 3, 32, 32))

@@ -6,20 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TINY_SANITY
 
 from chimera_cli.config import SanityConfig, TrainConfig, load_config
 from chimera_cli.errors import ChimeraError
 from chimera_cli.events import Event, Progress
 from chimera_cli.runs import latest_group, list_groups, read_json_lines, resolve_run
 from chimera_cli.services.train import train_full, train_sanity
-from conftest import TINY_SANITY
 
 SCRATCH = (
-    "data=toy", "image.weights=tiny", "image.locked=false", "image.image_size=48", "text.weights=tiny", "text.learn_layers=null",
+    "data=toy", "image.weights=tiny", "image.locked=false", "image.image_size=48",
+    "text.weights=tiny", "text.learn_layers=null",
     "heads.kind=linear", "heads.dim=64", "epochs=2", "batch=250", "optimiser.lr_image=3e-3", "optimiser.lr_text=3e-3",
 )  # fmt: skip
 LOCKED = (
-    "data=toy", "image.image_size=32", "augmentation.flip=true", "heads.hidden=128", "heads.dim=64", "epochs=3", "batch=500",
+    "data=toy", "image.image_size=32", "augmentation.flip=true", "heads.hidden=128", "heads.dim=64",
+    "epochs=3", "batch=500",
 )  # fmt: skip
 
 
