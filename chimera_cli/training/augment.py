@@ -19,8 +19,8 @@ def noisy_rows(
 ) -> Callable[[Indices, int], Tensor]:
     """Return a function (positions, epoch) -> features (batch, width): a random view of each row, with noise.
 
-    `views` is (n, views, width); where `may_flip` (n,) is false only the first is shown. The noise is Gaussian with `noise` times the standard deviation of each feature,
-    which keeps heads from learning single features by heart.
+    `views` is (n, views, width); where `may_flip` (n,) is false only the first is shown. The noise is Gaussian with
+    `noise` times the standard deviation of each feature, which keeps heads from learning single features by heart.
     """
     scale = noise * views.flatten(0, 1).std(dim=0)
 

@@ -60,6 +60,7 @@ def train(
     """
     autocast = nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
     scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=precision == "float16")
+    parts: dict[str, Any] = {"optimiser": optimiser, "schedule": schedule, "scaler": scaler}
     learning = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     losses: list[float] = []
     done, pairs, best_rsum, best_step, best_epoch, best_figures, worse = 0, 0, -math.inf, None, None, None, 0
@@ -123,10 +124,8 @@ def train(
         else:
             worse += 1
         if on_evaluated is not None:
-            state = {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(), "step": step + 1}
-            on_evaluated(
-                step, batch.epoch, better, state | {"scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
-            )
+            state = {name: part.state_dict() for name, part in parts.items()}
+            on_evaluated(step, batch.epoch, better, state | {"step": done, "rng": torch.get_rng_state()})
         watch.start()
         if patience and worse >= patience:
             stopped_early = True

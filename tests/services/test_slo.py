@@ -199,7 +199,7 @@ def test_the_worst_seed_counts_for_time_and_memory(tmp_path: Path) -> None:
     write_json(path, read_json(path) | {"figures": TRAINED | {"vram_peak_gb": 8.0}})
     found = objective(check(tmp_path, slo_path=LAW), "vram")
     assert (found["verdict"], found["conditions"][0]["value"]) == ("fail", 8.0)
-    assert found["measured"] == "6.33 GiB ± 1.44 GiB (n=3), worst 8.00 GiB"
+    assert found["measured"] == "6.33 ± 1.44 GiB (n=3), worst 8.00 GiB"
 
 
 def test_an_interval_across_the_limit_is_inconclusive_and_strict_minds(tmp_path: Path) -> None:
