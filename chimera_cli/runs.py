@@ -97,7 +97,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines file ([] without one), leaving out a last line that a crash cut short."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # Not splitlines, which also breaks at U+2028 and others that JSON leaves as they are; and a crash may cut a letter.
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
@@ -224,8 +225,8 @@ def count_test_look(group: Group) -> int:
 def list_groups(home: Path, kind: str | None = None) -> list[Group]:
     """Return all groups with a readable group.json, the newest first by its `created_at`.
 
-    A folder whose group.json is cut off is passed over: one broken run must not hide all others. Naming it in
-    `resolve_run` says what is wrong with it.
+    A folder whose group.json is cut off or was edited into something else is passed over: one broken run must not hide
+    all others. Naming it in `resolve_run` says what is wrong with it.
     """
     folder = runs_dir(home)
     if not folder.is_dir():
@@ -235,12 +236,22 @@ def list_groups(home: Path, kind: str | None = None) -> list[Group]:
         if not (path / "group.json").is_file():
             continue
         try:
-            group = Group(path, read_json(path / "group.json"))
+            group = _read_group(path)
         except ChimeraError:
             continue
         if kind is None or group.kind == kind:
             groups.append(group)
     return sorted(groups, key=lambda group: (str(group.facts["created_at"]), group.name), reverse=True)
+
+
+def _read_group(path: Path) -> Group:
+    """Return the group in a folder. Raises ChimeraError where its group.json is cut off or lacks what every one has."""
+    facts = read_json(path / "group.json")
+    lacking = sorted({"kind", "status", "created_at", "finished_at", "seeds"} - set(facts))
+    if lacking or not isinstance(facts["seeds"], list):
+        what = f"lacks {', '.join(lacking)}" if lacking else "holds no list of seeds"
+        raise ChimeraError(f"{path / 'group.json'} {what}", "the file was edited; restore it or delete the folder")
+    return Group(path, facts)
 
 
 def resolve_run(home: Path, name: str, kind: str = "train") -> tuple[Group, int | None]:
@@ -272,7 +283,7 @@ def latest_group(home: Path, kind: str = "train") -> Group:
 
 def _by_prefix(home: Path, prefix: str) -> Group:
     if prefix and (runs_dir(home) / prefix / "group.json").is_file():
-        read_json(runs_dir(home) / prefix / "group.json")
+        _read_group(runs_dir(home) / prefix)
     groups = list_groups(home)
     exact = [group for group in groups if group.name == prefix]
     fitting = exact or [group for group in groups if prefix and group.name.startswith(prefix)]

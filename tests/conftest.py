@@ -57,6 +57,36 @@ def toy_home(toy_pack_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return home
 
 
+@pytest.fixture(scope="session")
+def small_pack_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a pack `small` of 240/60/60 toy scenes of 32 pixels, for tests that run the pretrained towers."""
+    from chimera_cli.data.pack import write_pack
+    from chimera_cli.data.toy import draw_all, make_toy
+
+    home = tmp_path_factory.mktemp("small-home")
+    toy = make_toy({"train": 240, "dev": 60, "test": 60})
+    write_pack(
+        home / "data",
+        name="small",
+        source="toy",
+        images=draw_all(toy, 32),
+        items=toy.items,
+        captions=toy.captions,
+        size=32,
+    )
+    return home
+
+
+@pytest.fixture
+def small_home(small_pack_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh home that sees the small pack and may be written to; `CHIMERA_HOME` points there."""
+    home = tmp_path / "home"
+    (home / "data").mkdir(parents=True)
+    shutil.copytree(small_pack_home / "data" / "small", home / "data" / "small", copy_function=os.link)
+    monkeypatch.setenv("CHIMERA_HOME", str(home))
+    return home
+
+
 @pytest.fixture
 def chimera(tmp_path: Path) -> Chimera:
     """Run `chimera ARGUMENTS` as a process and return what came of it."""

@@ -59,7 +59,7 @@ def _spread(name: str, summary: Mapping[str, Any] | None) -> str:
 
 
 def _with_interval(name: str, document: Mapping[str, Any]) -> str:
-    """Return `41.7 % (38.5 – 44.8)`; zero-shot figures have no interval."""
+    """Return `41.7 % (38.5–44.8)`; zero-shot figures have no interval."""
     from chimera_cli.figures import format_value
 
     figures = document["figures"] | ((document["zero_shot"] or {}).get("figures") or {})
@@ -67,7 +67,7 @@ def _with_interval(name: str, document: Mapping[str, Any]) -> str:
     if ends is None:
         return format_value(name, figures.get(name))
     low, high = (format_value(name, end).removesuffix(" %") for end in ends)
-    return f"{format_value(name, figures[name])} ({low} – {high})"
+    return f"{format_value(name, figures[name])} ({low}–{high})"
 
 
 def _remarks(result: Mapping[str, Any]) -> list[str]:

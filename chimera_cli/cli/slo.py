@@ -120,7 +120,8 @@ def _beside(objective: Mapping[str, Any]) -> list[str]:
     for condition in objective["conditions"]:
         if condition["target"] is not None:
             target = format_value(condition["figure"], condition["target"])
-            lines.append(f"target: {condition['label']} {condition['comparison']} {target}")
+            sign = condition["law"].removeprefix(condition["label"]).split()[0]
+            lines.append(f"target: {condition['label']} {sign} {target}")
     for beside in objective["beside"]:
         summary = beside["summary"]
         if summary is not None:
@@ -138,7 +139,7 @@ def _conclusion(result: Mapping[str, Any]) -> Text:
         "waived": "every objective is met or waived",
         "inconclusive": "no objective is missed, not all are certain",
         "unmeasured": "not everything was measured, so nothing is proven",
-        "fail": "the law is broken; `chimera slo plan` says what to do next",
+        "fail": "an objective is missed; `chimera slo plan` says what to do next",
     }
     return Text.assemble(word(result["verdict"]), f": {ends[result['verdict']]}")
 

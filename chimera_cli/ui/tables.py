@@ -26,6 +26,8 @@ _STYLES = {
     "interrupted": "yellow",
     "unmeasured": "yellow",
     "waived": "yellow",
+    "running": "cyan",
+    "died": "bold red",
 }
 
 
@@ -58,7 +60,9 @@ def result_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cel
     )
     for index, name in enumerate(columns):
         right = bool(cells) and all(index >= len(row) or _NUMERIC.match(row[index].plain) for row in cells)
-        table.add_column(cell(name), justify="right" if right else "left", overflow="fold")
+        # A folded verdict reads badly; names and sentences may fold.
+        short = bool(cells) and all(index >= len(row) or row[index].plain in _STYLES for row in cells)
+        table.add_column(cell(name), justify="right" if right else "left", overflow="fold", no_wrap=short)
     for row in cells:
         table.add_row(*row)
     return table

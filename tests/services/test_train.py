@@ -20,8 +20,8 @@ SCRATCH = (
     "heads.kind=linear", "heads.dim=64", "epochs=2", "batch=250", "optimiser.lr_image=3e-3", "optimiser.lr_text=3e-3",
 )  # fmt: skip
 LOCKED = (
-    "data=toy", "image.image_size=32", "augmentation.flip=true", "heads.hidden=128", "heads.dim=64",
-    "epochs=3", "batch=500",
+    "data=small", "image.image_size=32", "augmentation.flip=true", "heads.hidden=128", "heads.dim=64",
+    "epochs=3", "batch=60",
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_losses(toy_home: Path) -> None:
     assert len(losses[0]) == 8
 
 
-def test_locked_features_are_computed_once_and_verified(toy_home: Path) -> None:
+def test_locked_features_are_computed_once_and_verified(small_home: Path) -> None:
     config = load_config(TrainConfig, None, LOCKED)
     stages: list[str] = []
 
@@ -85,33 +85,33 @@ def test_locked_features_are_computed_once_and_verified(toy_home: Path) -> None:
         if isinstance(event, Progress):
             stages.append(event.stage)
 
-    first = train_full(toy_home, config, (0,), "locked", "x", listen)
+    first = train_full(small_home, config, (0,), "locked", "x", listen)
     assert "train image features" in stages
     assert "train caption features" in stages
     stages.clear()
-    second = train_full(toy_home, config, (0,), "locked", "x", listen)
+    second = train_full(small_home, config, (0,), "locked", "x", listen)
     assert stages == []
     assert second["dev"] == first["dev"]
     assert second["figures"]["features_s"]["mean"] == first["figures"]["features_s"]["mean"]
-    stored = next((toy_home / "data").rglob("train-images-*.npy"))
+    stored = next((small_home / "data").rglob("train-images-*.npy"))
     features = np.load(stored)
-    assert features.shape == (2000, 2, 1280)
+    assert features.shape == (240, 2, 1280)
     features[0] = 0
     np.save(stored, features)
-    train_full(toy_home, config, (0,), "locked", "x", listen)
+    train_full(small_home, config, (0,), "locked", "x", listen)
     assert "train image features" in stages, "a changed cache file must be computed anew"
 
 
-def test_embeddings_of_the_best_checkpoint_repeat_its_dev_figures(toy_home: Path) -> None:
+def test_embeddings_of_the_best_checkpoint_repeat_its_dev_figures(small_home: Path) -> None:
     import torch
 
     from chimera_cli.data.pack import open_pack
     from chimera_cli.evaluation.retrieval import retrieval_figures, retrieval_ranks
     from chimera_cli.services.embeddings import embed_split
 
-    result = train_full(toy_home, load_config(TrainConfig, None, LOCKED), (0,), "locked", "x")
-    group, _ = resolve_run(toy_home, result["group"])
-    pack = open_pack(toy_home / "data", "toy")
+    result = train_full(small_home, load_config(TrainConfig, None, LOCKED), (0,), "locked", "x")
+    group, _ = resolve_run(small_home, result["group"])
+    pack = open_pack(small_home / "data", "small")
     image, text = embed_split(group.seed_dir(0), pack, "dev", torch.device("cpu"))
     figures = retrieval_figures(retrieval_ranks(image, text, pack.captions("dev").image_positions))
     assert figures == pytest.approx(result["results"][0]["details"]["best_dev"])
