@@ -51,7 +51,7 @@ $(BIN)/uv: | $(BIN)/python
 # `sync` makes .venv equal to the lock (pip and uv itself stay); Chimera then goes in without its dependencies.
 # The first time this fetches about 3 GB, most of it CUDA libraries; after that uv links files from its cache.
 $(STAMP): requirements.lock pyproject.toml | $(BIN)/uv
-	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes --compile-bytecode requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --editable .
 	@touch $@
 

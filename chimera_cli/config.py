@@ -6,7 +6,7 @@ All errors of a file are reported at once, each with its path in the file; unkno
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -24,9 +24,9 @@ def _number(value: Any) -> Any:
     return value
 
 
-Real = Annotated[float, BeforeValidator(_number)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
-NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0)]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 
 
@@ -191,9 +191,11 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
         )
         return f"{key} is an unknown key" + (f" (did you mean {near[0]}?)" if near else "")
     message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["loc"] and not isinstance(problem["input"], Mapping):
-        return f"{key}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
-    return message
+    if not problem["loc"]:
+        return message
+    # A whole section would drown the sentence; its key says enough.
+    given = "" if isinstance(problem["input"], Mapping) else f", not {problem['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}{given}"
 
 
 def _key_hint(model: type[BaseModel], error: ValidationError) -> str:
@@ -201,16 +203,28 @@ def _key_hint(model: type[BaseModel], error: ValidationError) -> str:
     if unknown is None:
         return "correct the value; the shipped files in configs/ show every key"
     place = ".".join(str(part) for part in unknown[:-1])
+    if not _known_keys(model, unknown[:-1]):
+        return "the shipped files in configs/ show every key"
     return f"the keys {'of ' + place if place else 'there'} are {', '.join(_known_keys(model, unknown[:-1]))}"
 
 
 def _known_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     for part in location:
-        field = model.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        if isinstance(part, int):
+            continue  # a place in a list: the model of its entries was found with the list's own key
+        field = model.model_fields.get(part)
+        inner = None if field is None else _model_in(field.annotation)
+        if inner is None:
             return []
-        model = field.annotation
+        model = inner
     return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the model that a field holds, by itself or in a tuple or list of them; None where it holds none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_in(part)) is not None), None)
 
 
 def _apply(values: dict[str, Any], change: str) -> None:
@@ -219,7 +233,10 @@ def _apply(values: dict[str, Any], change: str) -> None:
         raise UsageError(f"--set {change!r} is not key=value", "for example --set optimiser.lr_heads=3e-4")
     *parents, last = key.strip().split(".")
     for parent in parents:
-        values[parent] = dict(values.get(parent) or {})
+        section = values.get(parent) or {}
+        if not isinstance(section, Mapping):
+            raise UsageError(f"--set {change!r}: {parent} is {section!r} and has no keys", f"set {parent} itself")
+        values[parent] = dict(section)
         values = values[parent]
     try:
         values[last] = yaml.safe_load(text)

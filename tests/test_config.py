@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from chimera_cli.config import SanityConfig, TrainConfig, load_config, parse_seeds, read_yaml
+from chimera_cli.config import SanityConfig, TrainConfig, load_config, parse_seeds, read_yaml, validate
 from chimera_cli.errors import ExitCode, UsageError
 
 
@@ -59,6 +60,32 @@ def test_set_names_unknown_keys_and_broken_values() -> None:
     assert "heads.dims is an unknown key (did you mean dim?)" in refused(None, "heads.dims=3").message
     assert "not YAML" in refused(None, "data=[a").message
     assert "image: input should be a valid dictionary" in refused(None, "image=3").message
+
+
+@pytest.mark.parametrize("change", ["batch.size=3", "data.name=toy", "epochs.more.still=1"])
+def test_set_below_a_key_that_holds_no_keys_is_refused(tmp_path: Path, change: str) -> None:
+    assert "has no keys" in refused(written(tmp_path, "batch: 500\ndata: toy\nepochs: 3\n"), change).message
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan", "-.inf", "inf", "nan"])
+def test_rates_are_finite(value: str) -> None:
+    assert "optimiser.lr_heads" in refused(None, f"optimiser.lr_heads={value}").message
+
+
+def test_a_section_in_the_place_of_a_value_is_named() -> None:
+    assert "epochs: input should be a valid integer" in refused(None, "epochs.more=3").message
+
+
+def test_unknown_keys_in_lists_get_near_names_too() -> None:
+    class Entry(BaseModel, extra="forbid"):
+        figure: str = ""
+
+    class Entries(BaseModel, extra="forbid"):
+        all_of: tuple[Entry, ...] = ()
+
+    with pytest.raises(UsageError, match=r"all_of\.0\.figur is an unknown key \(did you mean figure\?\)") as caught:
+        validate(Entries, {"all_of": [{"figur": "a"}]}, "a file")
+    assert caught.value.hint == "the keys of all_of.0 are figure"
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:

@@ -1,6 +1,8 @@
 """What all commands share: results on stdout, live progress on stderr, failures in one sentence."""
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -24,7 +26,9 @@ def emit(result: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str
     if as_json:
         typer.echo(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        Console().print(render(result))
+        # In a pipe there is no width to keep to; 80 columns would break tables that a file has room for.
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+        Console(width=width).print(render(result))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 
 from chimera_cli.cli.common import Json, emit, live, new_app
 from chimera_cli.errors import ExitCode
-from chimera_cli.figures import FIGURES, format_spread, format_value
+from chimera_cli.figures import FIGURES, RETRIEVAL, format_spread, format_value
 from chimera_cli.runs import home
 
 app = new_app("Train a dual encoder: first the proof of life, then the real thing.")
@@ -94,8 +94,8 @@ def _full_table(result: Mapping[str, Any]) -> RenderableType:
 
     seeds = ", ".join(str(seed) for seed in result["seeds"])
     rows = [("run", result["group"]), ("seeds", seeds)]
-    for name, summary in (result["dev"] | result["figures"]).items():
+    for name, summary in result["over_seeds"].items():
         if summary is not None:
-            label = ("dev " if name in result["dev"] else "") + FIGURES[name].label
+            label = ("dev " if name in RETRIEVAL else "") + FIGURES[name].label
             rows.append((label, format_spread(name, summary["mean"], summary["std"], summary["n"])))
     return facts("trained", rows)

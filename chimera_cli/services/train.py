@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from chimera_cli.config import Heads, ImageTower, Loss, Optimiser, SanityConfig, TextTower, TrainConfig
 from chimera_cli.errors import ChimeraError
 from chimera_cli.events import Listener, Note, ignore
+from chimera_cli.figures import RETRIEVAL
 from chimera_cli.services.inputs import Workbench, dev_evaluation, training_batches, warm_caches
 
 if TYPE_CHECKING:
@@ -100,7 +101,6 @@ def train_full(
     """
     from chimera_cli.services.provenance import group_facts
     from chimera_cli.services.session import group_session, seed_session
-    from chimera_cli.statistics import summarise_known
     from chimera_cli.tracking import track
 
     bench = _bench(home, config.data, config.device, config.precision, listener)
@@ -113,17 +113,22 @@ def train_full(
             listeners = [listener, tracker]
             with seed_session(group, seed, config.model_dump(), bench.device, listeners, total) as session:
                 results.append(_full_seed(bench, config, seed, session, total))
-    figures = {
-        name: None if (summary := summarise_known([r["figures"][name] for r in results])) is None else summary.as_dict()
-        for name in results[0]["figures"]
+    return _over_seeds(group.name, seeds, results)
+
+
+def _over_seeds(group: str, seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the command prints: means by name under `figures`, spreads and seeds beside them."""
+    from chimera_cli.statistics import summarise_known
+
+    summaries = {name: summarise_known([r["figures"][name] for r in results]) for name in results[0]["figures"]}
+    best = {name: summarise_known([r["details"]["best_dev"][name] for r in results]) for name in RETRIEVAL}
+    return {
+        "group": group,
+        "seeds": list(seeds),
+        "figures": {name: None if one is None else one.mean for name, one in (best | summaries).items()},
+        "over_seeds": {name: None if one is None else one.as_dict() for name, one in (best | summaries).items()},
+        "results": list(results),
     }
-    best = {
-        name: None
-        if (summary := summarise_known([r["details"]["best_dev"][name] for r in results])) is None
-        else summary.as_dict()
-        for name in results[0]["details"]["best_dev"]
-    }
-    return {"group": group.name, "seeds": list(seeds), "figures": figures, "dev": best, "results": results}
 
 
 def _full_seed(bench: Workbench, config: TrainConfig, seed: int, session: "SeedSession", total: int) -> dict[str, Any]:
