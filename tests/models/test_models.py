@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tests_models import TINY
+from tiny_model import TINY
 
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.models.checkpoint import load_model, save_model

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_models import TINY
+from tiny_model import TINY
 
 from chimera_cli.errors import ChimeraError
 from chimera_cli.models.dual_encoder import DualEncoder, build_dual_encoder
