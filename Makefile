@@ -18,7 +18,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 # Without a GPU the law's objectives on GPU utilisation and memory are left out, and every output says so.
-PROFILE = $(shell nvidia-smi -L >/dev/null 2>&1 || echo --profile cpu)
+PROFILE := $(shell nvidia-smi -L >/dev/null 2>&1 || echo --profile cpu)
+
+# On a GPU the loader's law is its utilisation while the loader feeds the real training step of a recipe.
+LOADER_ARGS = $(if $(PROFILE),,--config $(TRAIN_CONFIG))
 
 ifeq ($(strip $(FLICKR8K)),)
 PACK := toy
@@ -83,11 +86,11 @@ ifeq ($(PACK),flickr8k)
 	@echo "The one look at the test split, for the ladder:"
 	$(BIN)/chimera eval --run latest --split test
 endif
-	$(BIN)/chimera bench loader --data $(PACK)
+	$(BIN)/chimera bench loader --data $(PACK) $(LOADER_ARGS)
 	$(BIN)/chimera bench encoders
 	@verdict=0; report=0; echo "$(BIN)/chimera slo check --run latest $(SLO_ARGS)"; \
 	$(BIN)/chimera slo check --run latest $(SLO_ARGS) || verdict=$$?; \
-	{ $(BIN)/chimera report > benchmarks.md.tmp && mv benchmarks.md.tmp benchmarks.md; } || report=1; \
+	{ $(BIN)/chimera report $(SLO_ARGS) > benchmarks.md.tmp && mv benchmarks.md.tmp benchmarks.md; } || report=1; \
 	if test $$report -eq 0; then echo "benchmarks.md is written"; \
 	else rm -f benchmarks.md.tmp; echo "chimera report failed; benchmarks.md is as it was" >&2; fi; \
 	if test $$verdict -ne 0; then echo "chimera slo check ended with exit code $$verdict" \
