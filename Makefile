@@ -80,14 +80,14 @@ lock: | $(BIN)/uv ## bring requirements.lock up to pyproject.toml, keeping the v
 reproduce_small: $(STAMP) ## the whole road in small, ending in benchmarks.md; FLICKR8K=path for the real data set
 	$(BIN)/chimera data prepare $(PACK) $(PREPARE_FROM)
 	$(BIN)/chimera train sanity --seed 0 --data $(PACK)
-	$(BIN)/chimera train full --config $(TRAIN_CONFIG) --seeds $(SEEDS)
+	$(BIN)/chimera train full --config $(TRAIN_CONFIG) --seeds $(SEEDS) --data $(PACK)
 	$(BIN)/chimera eval --run latest
 ifeq ($(PACK),flickr8k)
 	@echo "The one look at the test split, for the ladder:"
 	$(BIN)/chimera eval --run latest --split test
 endif
 	$(BIN)/chimera bench loader --data $(PACK) $(LOADER_ARGS)
-	$(BIN)/chimera bench encoders
+	$(BIN)/chimera bench encoders --data $(PACK)
 	@verdict=0; report=0; echo "$(BIN)/chimera slo check --run latest $(SLO_ARGS)"; \
 	$(BIN)/chimera slo check --run latest $(SLO_ARGS) || verdict=$$?; \
 	{ $(BIN)/chimera report $(SLO_ARGS) > benchmarks.md.tmp && mv benchmarks.md.tmp benchmarks.md; } || report=1; \

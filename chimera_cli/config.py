@@ -136,6 +136,14 @@ class SanityConfig(Frozen):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    @model_validator(mode="after")
+    def _both_towers_learn(self) -> "SanityConfig":
+        if self.image.locked or self.text.learn_layers == 0:
+            raise ValueError(
+                "the proof of life is of both towers: image.locked: false, text.learn_layers: null or more than 0"
+            )
+        return self
+
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -145,10 +153,21 @@ def load_config(model: type[C], path: Path | None, changes: Sequence[str] = ()) 
 
     Raises UsageError that names the file and every wrong key at once.
     """
-    values = {} if path is None else read_yaml(path)
+    # Onto the defaults of this model, section by section: a section that sets one key keeps the others.
+    values = _merged(model().model_dump(), {} if path is None else read_yaml(path))
     for change in changes:
         _apply(values, change)
     return validate(model, values, str(path) if path else "the options")
+
+
+def _merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `given` over `defaults`; where both hold a mapping, merged likewise."""
+    result = dict(defaults)
+    for key, value in given.items():
+        inner = result.get(key)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        result[key] = _merged(inner, value) if both else value  # type: ignore[arg-type]
+    return result
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -161,7 +180,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} does not exist", hint) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} can't be read: {error}", "give a YAML text file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
+        # ValueError: a date such as 2024-13-45, which the parser takes for one.
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise UsageError(
@@ -240,7 +260,7 @@ def _apply(values: dict[str, Any], change: str) -> None:
         values = values[parent]
     try:
         values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"--set {change!r} has a value that is not YAML", "quote text that holds : or #") from error
 
 
@@ -250,6 +270,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         seeds = tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"--seeds {text!r} is not a list of whole numbers", "for example --seeds 0,1,2") from error
-    if any(seed < 0 for seed in seeds) or len(set(seeds)) != len(seeds):
-        raise UsageError(f"--seeds {text!r} names a seed twice or below zero", "for example --seeds 0,1,2")
+    if any(not 0 <= seed < 2**32 for seed in seeds) or len(set(seeds)) != len(seeds):
+        raise UsageError(
+            f"--seeds {text!r} names a seed twice, or one outside 0 to 2^32 - 1", "for example --seeds 0,1,2"
+        )
     return seeds

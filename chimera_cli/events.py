@@ -107,6 +107,8 @@ def broadcast(listeners: Sequence[Listener]) -> Listener:
                 _tell_one(listener, event)
 
     def _tell_one(listener: Listener, event: Event) -> None:
+        if listener not in active:
+            return
         try:
             listener(event)
         except Exception as error:  # noqa: BLE001 - a broken dashboard must not cost anybody a training run

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -194,9 +195,13 @@ def create_group(home: Path, kind: str, label: str, seeds: Sequence[int], facts:
         | {"finished_at": None, "seeds": list(seeds), "pid": os.getpid(), "test_looks": 0}
         | dict(facts),
     )
-    write_json(path / "group.json", group.facts)
-    for seed in seeds:
-        group.seed_dir(seed).mkdir(exist_ok=True)
+    try:
+        for seed in seeds:
+            group.seed_dir(seed).mkdir()
+        write_json(path / "group.json", group.facts)
+    except (OSError, ChimeraError) as error:
+        shutil.rmtree(path, ignore_errors=True)
+        raise (error if isinstance(error, ChimeraError) else cannot_write(path, error)) from error
     return group
 
 
@@ -311,15 +316,20 @@ def _how_to_make(kind: str) -> str:
 # ---- identity -------------------------------------------------------------------------------------------------------
 
 
-def source_hash() -> str:
-    """Return the SHA-256 over all Python files of the package, by path and content: what the figures were made with.
+def source_hash(*parts: str) -> str:
+    """Return the SHA-256 over the package's Python files, by path and content: what the figures were made with.
+
+    `parts` names files and folders of the package, such as `models`; without any it is all of it.
 
     Not the git commit: a change of the README makes no evidence stale, an uncommitted change of the code does.
     """
     package = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0")
+        name = path.relative_to(package).as_posix()
+        if parts and not any(name == part or name.startswith(f"{part}/") for part in parts):
+            continue
+        digest.update(name.encode() + b"\0")
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 

@@ -3,9 +3,11 @@
 import os
 import platform
 import random
+import re
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,21 +21,46 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def pick_device(wanted: str = "auto") -> "torch.device":
-    """Return the device to compute on: `auto` is the first GPU that works, else the CPU.
+    """Return the device to compute on: `auto` is the GPU where there is one, else the CPU.
 
-    Raises ChimeraError where a GPU is asked for by name and there is none.
+    Raises ChimeraError where a GPU is asked for by name and there is none, and for a card that this torch has no
+    kernels for: a run that quietly took the CPU instead would take days.
     """
     import torch
 
     if wanted == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", torch.cuda.current_device())
+        if not runs_on(torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()):
+            raise ChimeraError(
+                f"this torch has no kernels for {torch.cuda.get_device_name(device)}",
+                "`chimera doctor` prints the pip command that mends it; --set device=cpu works anywhere",
+            )
+        return device
     if wanted == "auto":
         return torch.device("cpu")
     raise ChimeraError(
         "no CUDA device can be used by this torch", "`chimera doctor` says why; --device cpu works anywhere"
     )
+
+
+def runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
+    """Return whether kernels for `archs` run on a card of compute `capability`.
+
+    `sm_XY` runs on the same major version from minor Y on, `compute_XY` (PTX) on all that is newer; `a` and `f`
+    variants, such as sm_90a, on exactly theirs (CUDA C++ Programming Guide, binary and PTX compatibility).
+    """
+    for arch in archs:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
+        if match is None:
+            continue
+        target = int(match[2]), int(match[3])
+        if match[4] and target == capability:
+            return True
+        if not match[4] and target <= capability and (match[1] == "compute" or target[0] == capability[0]):
+            return True
+    return False
 
 
 def pick_precision(wanted: Precision, capability: tuple[int, int] | None) -> Literal["float32", "bfloat16", "float16"]:

@@ -73,7 +73,7 @@ def test_rates_are_finite(value: str) -> None:
 
 
 def test_a_section_in_the_place_of_a_value_is_named() -> None:
-    assert "epochs: input should be a valid integer" in refused(None, "epochs.more=3").message
+    assert "epochs is 20 and has no keys" in refused(None, "epochs.more=3").message
 
 
 def test_unknown_keys_in_lists_get_near_names_too() -> None:
@@ -132,3 +132,20 @@ def test_seeds() -> None:
     for text in ("1,1", "-1,0"):
         with pytest.raises(UsageError, match="twice or below zero"):
             parse_seeds(text)
+
+
+def test_one_changed_key_of_a_section_keeps_the_others() -> None:
+    config = load_config(SanityConfig, None, ["image.image_size=64", "text.max_tokens=16", "optimiser.lr_text=2e-4"])
+    assert not config.image.locked
+    assert config.text.learn_layers is None
+    assert config.optimiser.lr_image == SanityConfig().optimiser.lr_image
+
+
+def test_the_proof_of_life_refuses_a_locked_tower() -> None:
+    with pytest.raises(UsageError, match="of both towers"):
+        load_config(SanityConfig, None, ["image.locked=true"])
+
+
+def test_what_the_yaml_parser_itself_trips_over_is_told_in_a_sentence() -> None:
+    with pytest.raises(UsageError, match="not YAML"):
+        load_config(SanityConfig, None, ["data=2024-13-45"])

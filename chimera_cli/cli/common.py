@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from chimera_cli.events import Listener
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU where there is one.")]
 
 
 def new_app(help: str) -> typer.Typer:

@@ -1,5 +1,6 @@
 """`chimera train`: proof of life and real training."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,7 +65,7 @@ def full(
 
 
 def _with_data(changes: list[str] | None, data: str | None) -> list[str]:
-    return [*(changes or []), *([] if data is None else [f"data={data}"])]
+    return [*(changes or []), *([] if data is None else [f"data={json.dumps(data)}"])]
 
 
 def _sanity_table(result: Mapping[str, Any]) -> RenderableType:

@@ -5,11 +5,13 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
+
+from chimera_cli.runtime import runs_on
 
 Capability = tuple[int, int]
 
@@ -110,24 +112,6 @@ def diagnose(facts: MachineFacts) -> list[Check]:
         *_check_weights(facts),
         *_check_pynvml(facts),
     ]
-
-
-def runs_on(capability: Capability, archs: Sequence[str]) -> bool:
-    """Return whether kernels for `archs` run on a card of compute `capability`.
-
-    `sm_XY` runs on the same major version from minor Y on, `compute_XY` (PTX) on all that is newer; `a` and `f`
-    variants, such as sm_90a, on exactly theirs (CUDA C++ Programming Guide, binary and PTX compatibility).
-    """
-    for arch in archs:
-        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
-        if match is None:
-            continue
-        target = int(match[2]), int(match[3])
-        if match[4] and target == capability:
-            return True
-        if not match[4] and target <= capability and (match[1] == "compute" or target[0] == capability[0]):
-            return True
-    return False
 
 
 def fitting_wheel(capability: Capability, driver: str | None) -> Wheel | None:

@@ -106,7 +106,7 @@ def pooled_image_features(
     from chimera_cli.training.features import cached, image_features
 
     shape = model.architecture
-    key = _key(pack, split, shape.image_weights, image_weights_hash(shape.image_weights))
+    key = _key(pack, split, shape.image_weights, image_weights_hash(shape.image_weights), device)
     key |= {"image_size": shape.image_size, "flipped_view": shape.flipped_view}
 
     def compute() -> "NDArray[np.float32]":
@@ -133,7 +133,7 @@ def pooled_caption_features(
     from chimera_cli.training.features import cached, caption_features
 
     shape = model.architecture
-    key = _key(pack, split, shape.text_weights, text_weights_hash(shape.text_weights))
+    key = _key(pack, split, shape.text_weights, text_weights_hash(shape.text_weights), device)
     key |= {"max_tokens": shape.max_tokens}
 
     def compute() -> "NDArray[np.float32]":
@@ -150,10 +150,13 @@ def pooled_caption_features(
     return cached(_features_dir(pack), f"{split}-captions", key, compute, device)
 
 
-def _key(pack: "Pack", split: str, weights: str, weights_hash: str | None) -> dict[str, Any]:
+def _key(pack: "Pack", split: str, weights: str, weights_hash: str | None, device: "torch.device") -> dict[str, Any]:
     import timm
     import torch
     import transformers
+
+    from chimera_cli.runs import source_hash
+    from chimera_cli.runtime import hardware
 
     # Versions are part of the key: a changed resize or attention kernel changes the features in their last digits.
     versions = {"torch": torch.__version__, "timm": timm.__version__, "transformers": transformers.__version__}
@@ -163,6 +166,9 @@ def _key(pack: "Pack", split: str, weights: str, weights_hash: str | None) -> di
         "weights": weights,
         "weights_sha256": weights_hash,
         "versions": versions,
+        # The stored seconds are evidence: those of another machine or of other code must not be taken for this one's.
+        "hardware": hardware(device),
+        "source_sha256": source_hash("models", "training/features.py", "data/augmentation.py"),
     }
 
 

@@ -93,8 +93,13 @@ def seed_session(
     except KeyboardInterrupt:
         tell(RunFinished(seed, "interrupted"))
         raise
-    except BaseException:
+    except BaseException as error:
         tell(RunFinished(seed, "failed"))
+        # By name: `torch.OutOfMemoryError` can't be named here without importing torch.
+        if type(error).__name__ == "OutOfMemoryError":
+            raise ChimeraError(
+                "the GPU has too little memory for this run", "--set batch=... with half the batch, or lock a tower"
+            ) from error
         raise
 
 

@@ -93,17 +93,25 @@ def train(
         scaler.unscale_(optimiser)
         # Norm of the whole gradient, as in the CLIP family; without a limit it is only measured.
         norm = torch.nn.utils.clip_grad_norm_(learning, clip_norm if clip_norm > 0 else math.inf)
+        finite = bool(torch.isfinite(norm))
+        if not finite and not scaler.is_enabled():
+            raise ChimeraError(
+                f"the gradient is not finite at step {step}", "lower the learning rates or set precision: float32"
+            )
         rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
+        # The scaler skips an update that overflowed in float16 and halves its scale: no step, no new rate.
         scaler.step(optimiser)
         scaler.update()
-        schedule.step()
+        if finite:
+            schedule.step()
         model.clamp_logit_scale()
         done += 1
         pairs += len(batch)
 
         # ---- announce -----------------------------------------------------------------------------------------------
         elapsed = time.perf_counter() - started_at
-        metrics = {"loss": losses[-1], "lr": rates["image_head"], "grad_norm": norm.item()}
+        metrics = {"loss": losses[-1], "lr": rates["image_head"]}
+        metrics |= {"grad_norm": norm.item()} if finite else {}
         metrics |= {"logit_scale": model.logit_scale.exp().item(), "elapsed_s": elapsed}
         if step > 0:
             metrics["pairs_per_s"] = pairs / max(1e-9, watch.seconds + watch.running_s())

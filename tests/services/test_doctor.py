@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from chimera_cli.services.doctor import Check, MachineFacts, diagnose, driver_suffices, fitting_wheel, gather, runs_on
+from chimera_cli.runtime import runs_on
+from chimera_cli.services.doctor import Check, MachineFacts, diagnose, driver_suffices, fitting_wheel, gather
 
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 CU128 = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")

@@ -103,3 +103,23 @@ def test_the_temperature_stays_within_its_bounds() -> None:
         group["lr"] = 10.0
     train(model, iter(batches(model, 3)), infonce, optimiser, schedule, updates=3, device=CPU)
     assert 0 <= model.logit_scale.item() <= math.log(100) + 1e-6
+
+
+def test_an_infinite_gradient_stops_with_a_hint() -> None:
+    model = model_of(4)
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(_context: Any, value: torch.Tensor) -> torch.Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(_context: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            return gradients[0] * math.inf
+
+    def overflowing(*arguments: Any) -> torch.Tensor:
+        loss: torch.Tensor = Overflow.apply(infonce(*arguments))
+        return loss
+
+    with pytest.raises(ChimeraError, match="the gradient is not finite at step 0"):
+        train(model, iter(batches(model, 1)), overflowing, *parts(model, 1), updates=1, device=CPU)
