@@ -95,12 +95,22 @@ def seed_session(
         raise
     except BaseException as error:
         tell(RunFinished(seed, "failed"))
-        # By name: `torch.OutOfMemoryError` can't be named here without importing torch.
-        if type(error).__name__ == "OutOfMemoryError":
-            raise ChimeraError(
-                "the GPU has too little memory for this run", "--set batch=... with half the batch, or lock a tower"
-            ) from error
-        raise
+        known = _known(error)
+        if known is error:
+            raise
+        raise known from error
+
+
+def _known(error: BaseException) -> BaseException:
+    """Return a memory that is full as a known failure, anything else as it is.
+
+    By name: torch's error can't be named here without importing torch.
+    """
+    if type(error).__name__ != "OutOfMemoryError":
+        return error
+    return ChimeraError(
+        "the GPU has too little memory for this run", "--set batch=... with half of it, or lock a tower"
+    )
 
 
 def _result(

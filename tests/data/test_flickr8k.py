@@ -1,7 +1,6 @@
 """Flickr8k as people have it on disk: the layouts that are understood, and what is said of those that are not."""
 
 import io
-import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -243,10 +242,9 @@ def test_a_damaged_member_is_an_unreadable_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.flickr8k
-def test_the_real_set_has_the_official_counts() -> None:
-    origin = os.environ.get("FLICKR8K")
-    if not origin:
-        pytest.skip("FLICKR8K does not name the folder of the real set")
-    with open_flickr8k(Path(origin), official_counts=True) as corpus:
+def test_the_real_set_has_the_official_counts(flickr8k: Path) -> None:
+    with open_flickr8k(flickr8k, official_counts=True) as corpus:
         assert len(corpus.captions) == 40_455
         assert sum(item.split == "unused" for item in corpus.items) == 91
+        for split, count in (("train", 6000), ("dev", 1000), ("test", 1000)):
+            assert sum(item.split == split for item in corpus.items) == count
