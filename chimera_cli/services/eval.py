@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chimera_cli.errors import ChimeraError, UsageError
-from chimera_cli.events import Evaluated, Listener, Note, ignore
+from chimera_cli.events import Evaluated, Listener, Note, Saved, ignore
 from chimera_cli.figures import RETRIEVAL
 from chimera_cli.runs import SCHEMA_VERSION, Group, count_test_look, read_json, resolve_run, utc_now, write_json
 from chimera_cli.statistics import Summary, summarise_known
@@ -58,7 +58,16 @@ def evaluate_group(
         listener(Evaluated(int(document["checkpoint_step"] or 0), name, document["figures"]))
         documents.append(document)
     _write_aggregate(group, pack, name, looks)
+    _deliver(home, group, listener)
     return _result(group, pack, name, documents, looks)
+
+
+def _deliver(home: Path, group: Group, listener: Listener) -> None:
+    """Let MLflow have what has just been written; what can't be sent now waits for `chimera runs sync`."""
+    from chimera_cli.tracking import track
+
+    with track(home, group, listener) as tell:
+        tell(Saved(str(group.path / "evaluations"), "evaluations"))
 
 
 def _trained_on(group: Group) -> str:
