@@ -1,40 +1,13 @@
 """What many tests share: a home with the toy pack, made once, and the real entry point as a process."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-REPOSITORY = Path(__file__).parents[1]
-FLICKR8K = REPOSITORY.parent / "shared" / "flickr8k"
-
-# Small towers from scratch: 200 updates take a second, and nothing is read but the packaged vocabulary.
-TINY_SANITY = (
-    "image.weights=tiny", "text.weights=tiny", "image.image_size=48",
-    "optimiser.lr_image=3e-3", "optimiser.lr_text=3e-3",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Done:
-    """A finished process."""
-
-    code: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Chimera = Callable[..., Done]
+from support import FLICKR8K, REPOSITORY, Chimera, Done
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, TINY_SANITY, Chimera
+from support import REPOSITORY, TINY_SANITY, Chimera
 
 SCRATCH = [
     part

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_SANITY
+from support import TINY_SANITY
 
 from chimera_cli.config import SanityConfig, TrainConfig, load_config
 from chimera_cli.errors import ChimeraError
