@@ -121,8 +121,12 @@ def test_debug_shows_the_traceback(chimera: Chimera) -> None:
     assert "Traceback" in chimera("--debug", "eval", "--run", "nothing").err
 
 
-def test_interrupted_training_exits_130_and_says_so(chimera: Chimera, toy_home: Path) -> None:
-    executable = str(Path(sys.executable).with_name("chimera"))
+def test_interrupted_training_exits_130_and_says_so(toy_home: Path) -> None:
+    # A shell's background job ignores SIGINT, and its children inherit that: here it must arrive as at a terminal.
+    start = (
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from chimera_cli.__main__ import main\nmain()\n"
+    )
     arguments = [
         "train",
         "full",
@@ -134,22 +138,20 @@ def test_interrupted_training_exits_130_and_says_so(chimera: Chimera, toy_home: 
         "--set",
         "epochs=5000",
     ]
-    process = subprocess.Popen(
-        [executable, *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | {"CHIMERA_HOME": str(toy_home)},
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not list(toy_home.glob("runs/*/seed-0/metrics.jsonl")):
-            assert time.monotonic() < deadline, "training never began"
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=120) == 130
-    finally:
-        process.kill()
+    environment = os.environ | {"CHIMERA_HOME": str(toy_home)}
+    with subprocess.Popen(
+        [sys.executable, "-c", start, *arguments], cwd=REPOSITORY, env=environment, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not list(toy_home.glob("runs/*/seed-0/metrics.jsonl")):
+                assert time.monotonic() < deadline, "training never began"
+                assert process.poll() is None
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=120) == 130
+        finally:
+            process.kill()
     (group,) = toy_home.glob("runs/*/group.json")
     assert json.loads(group.read_text(encoding="utf-8"))["status"] == "interrupted"
 
