@@ -112,8 +112,9 @@ def _hidden(name: PurePosixPath) -> bool:
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    """Return a member's bytes; damage and unknown compression become the OSError that a damaged file would give."""
+    """Return a member's bytes; what can't be unpacked becomes the OSError that a damaged file would give."""
     try:
         return archive.read(info)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
+    # RuntimeError is how zipfile tells of an encrypted member and of a compression that it does not know.
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
         raise OSError(f"damaged in the archive: {error}") from error
