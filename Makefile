@@ -72,7 +72,7 @@ format: $(STAMP) ## let ruff repair and format the code
 
 # conda-lock.yml is not made here: it holds a finished solve, and a new one needs a conda channel.
 lock: | $(BIN)/uv ## bring requirements.lock up to pyproject.toml, keeping the versions that still fit
-	$(BIN)/uv pip compile pyproject.toml --python $(BIN)/python --extra dev --universal --generate-hashes \
+	$(BIN)/uv pip compile pyproject.toml --python $(BIN)/python --extra dev --extra peers --universal --generate-hashes \
 		--no-emit-index-url --no-header --quiet $(LOCK_ARGS) -o requirements.lock
 
 # The report is written whatever the verdicts are, and it is written whole or not at all;

@@ -100,8 +100,8 @@ def _created_at(folder: Path) -> str | None:
 
 
 def _flickr8k(order: _Order, listener: Listener) -> Pack:
-    from chimera_cli.data import flickr8k
     from chimera_cli.data.images import decode_all
+    from chimera_cli.data.sources import flickr8k
 
     origin = order.origin or _download_flickr8k(order.data_dir, listener)
     with flickr8k.open_flickr8k(origin, listener, official_counts=order.origin is None) as corpus:
@@ -122,8 +122,8 @@ def _flickr8k(order: _Order, listener: Listener) -> Pack:
 
 
 def _download_flickr8k(data_dir: Path, listener: Listener) -> Path:
-    from chimera_cli.data.download import download
-    from chimera_cli.data.flickr8k import DATASET_ARCHIVE_URL, TEXT_ARCHIVE_URL
+    from chimera_cli.data.sources.download import download
+    from chimera_cli.data.sources.flickr8k import DATASET_ARCHIVE_URL, TEXT_ARCHIVE_URL
 
     folder = data_dir / "downloads" / "flickr8k"
     for url in (TEXT_ARCHIVE_URL, DATASET_ARCHIVE_URL):
@@ -132,7 +132,7 @@ def _download_flickr8k(data_dir: Path, listener: Listener) -> Path:
 
 
 def _toy(order: _Order, listener: Listener) -> Pack:
-    from chimera_cli.data import toy
+    from chimera_cli.data.sources import toy
 
     if order.origin is not None:
         raise UsageError("toy is made by chimera and takes no --from", "leave --from out")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chimera_cli.data.flickr8k import LISTS, TOKENS
 from chimera_cli.data.pack import open_pack
+from chimera_cli.data.sources.flickr8k import LISTS, TOKENS
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Event, Note
 from chimera_cli.services import data

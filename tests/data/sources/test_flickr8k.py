@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from chimera_cli.data.flickr8k import GHOST, LISTS, TOKENS, Corpus, open_flickr8k
+from chimera_cli.data.sources.flickr8k import GHOST, LISTS, TOKENS, Corpus, open_flickr8k
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Event, Note
 

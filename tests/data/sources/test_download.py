@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chimera_cli.data.download import download
+from chimera_cli.data.sources.download import download
 from chimera_cli.errors import ChimeraError
 from chimera_cli.events import Event, Note, Progress
 

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from chimera_cli.data.toy import COUNTS, Scene, Thing, Toy, columns, draw, draw_all, make_scenes, make_toy
+from chimera_cli.data.sources.toy import COUNTS, Scene, Thing, Toy, columns, draw, draw_all, make_scenes, make_toy
 
 
 @pytest.fixture(scope="module")

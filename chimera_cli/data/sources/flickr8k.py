@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from chimera_cli.data.archives import SourceFile, folder_files, open_source, open_zip_files
 from chimera_cli.data.captions import tidy
 from chimera_cli.data.pack import SPLITS, UNUSED, Caption, Item
+from chimera_cli.data.sources.archives import SourceFile, folder_files, open_source, open_zip_files
 from chimera_cli.errors import ChimeraError
 from chimera_cli.events import Listener, Note, ignore
 from chimera_cli.runs import content_hash
