@@ -77,7 +77,7 @@ def test_without_an_origin_the_two_archives_are_downloaded(
 ) -> None:
     import shutil
 
-    from chimera_cli.data import download as module
+    from chimera_cli.data.sources import download as module
 
     asked = []
 
