@@ -24,6 +24,7 @@ class Figure:
 
 
 _TABLE = (
+    Figure("prepare_images_per_s", "preparing throughput", "images/s", "higher"),
     Figure("loader_images_per_s", "loader throughput", "images/s", "higher"),
     Figure("gpu_util_mean", "GPU utilisation", "", "higher", "share"),
     Figure("loss_first", "first loss", "", "neither", "loss"),
