@@ -1,13 +1,17 @@
 """`chimera data` below the command line: sources become packs, twice is once, and senseless words are refused."""
 
+import csv
 import io
+import json
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from chimera_cli.data.pack import open_pack
+from chimera_cli.data.pack import Pack, open_pack
 from chimera_cli.data.sources.flickr8k import LISTS, TOKENS
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Event, Note
@@ -113,7 +117,16 @@ def test_toy_verifies_and_shows_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"source": "coco"}, "no source 'coco'"),
+        ({"source": "imagenet"}, "no source 'imagenet'"),
+        ({"source": "coco"}, "coco needs --from"),
+        ({"source": "table"}, "table needs --from"),
+        (
+            {"source": "flickr8k", "options": data.SourceOptions(caption_column="x")},
+            "flickr8k takes no --caption-column",
+        ),
+        ({"source": "webdataset", "options": data.SourceOptions(images=Path())}, "webdataset takes no --images"),
+        ({"source": "toy", "options": data.SourceOptions(split_seed=0)}, "toy takes no --split-seed"),
+        ({"source": "toy", "max_pixels": 0}, "--max-pixels 0"),
         ({"source": "toy", "size": 8}, "--size 8"),
         ({"source": "toy", "max_bad": 1.5}, "--max-bad 1.5"),
         ({"source": "toy", "name": "a/b"}, "'a/b' can't be the name"),
@@ -126,3 +139,178 @@ def test_words_that_can_not_be_meant(tmp_path: Path, words: dict[str, object], m
         data.prepare(home=tmp_path, **words)  # type: ignore[arg-type]
     assert caught.value.hint
     assert not list(tmp_path.glob("data/[!.]*"))
+
+
+# ---- sets of one's own ----------------------------------------------------------------------------------------------
+
+
+def jpeg(value: int, size: tuple[int, int] = (30, 20)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value,) * 3).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Return a folder with a table, shards, COCO's and Karpathy's files, all of the same twenty photos."""
+    root = tmp_path / "own"
+    (root / "train2017").mkdir(parents=True)
+    names = [f"{number:02}.jpg" for number in range(20)]
+    for number, name in enumerate(names):
+        (root / "train2017" / name).write_bytes(jpeg(10 * number))
+    lines = [f"train2017/{name},photo {number},{number % 3}" for number, name in enumerate(names)]
+    (root / "My table (1).csv").write_text("\n".join(["image,caption,kind", *lines]))
+    images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+    captions = [{"image_id": number, "caption": f"photo {number}"} for number in range(20)]
+    (root / "captions_train2017.json").write_text(json.dumps({"images": images, "annotations": captions}))
+    entries = [
+        {"filename": name, "split": ["train", "val"][number % 2], "sentences": [{"raw": f"photo {number}"}]}
+        for number, name in enumerate(names)
+    ]
+    (root / "dataset_mine.json").write_text(json.dumps({"images": entries}))
+    with tarfile.open(root / "00000.tar", "w") as archive:
+        for number, name in enumerate(names):
+            archive.add(root / "train2017" / name, name)
+            caption = tarfile.TarInfo(f"{number:02}.txt")
+            caption.size = len(f"photo {number}")
+            archive.addfile(caption, io.BytesIO(f"photo {number}".encode()))
+    return root
+
+
+SETS = [
+    ("table", "My table (1).csv", "My-table-1"),
+    ("webdataset", "*.tar", "own"),
+    ("webdataset", "00000.tar", "00000"),
+    ("coco", ".", "coco"),
+    ("karpathy", "dataset_mine.json", "dataset_mine"),
+]
+
+
+@pytest.mark.parametrize(("source", "origin", "name"), SETS)
+def test_every_source_makes_the_same_pixels_and_captions_and_twice_is_once(
+    tmp_path: Path, own: Path, source: str, origin: str, name: str
+) -> None:
+    made = data.prepare(source, home=tmp_path, origin=own / origin, size=16)
+    assert made.pack.name == name
+    assert made.pack.manifest["source"] == source
+    captions = {}
+    for split in ("train", "dev", "test"):
+        if made.pack.manifest["splits"][split]["images"]:
+            table, indices = made.pack.captions(split), made.pack.split_indices(split)
+            captions |= dict(zip(indices[table.image_positions].tolist(), table.texts, strict=True))
+    for number in range(20):
+        assert captions[number] == f"photo {number}"
+        assert np.abs(made.pack.images[number].astype(int) - 10 * number).max() <= 1
+    again = data.prepare(source, home=tmp_path, origin=own / origin, size=16)
+    assert again.unchanged
+    assert again.pack.manifest == made.pack.manifest
+
+
+def test_drawn_splits_follow_seed_and_shares_and_keep_twins_together(tmp_path: Path, own: Path) -> None:
+    table = own / "My table (1).csv"
+    with table.open("a") as file:
+        for number in range(20):
+            (own / f"twin-{number}.jpg").write_bytes(jpeg(10 * number))
+            file.write(f"\ntwin-{number}.jpg,twin,0")
+
+    def prepare(**options: Any) -> data.PrepareResult:
+        return data.prepare(
+            "table", home=tmp_path, origin=table, size=16, name="own", options=data.SourceOptions(**options)
+        )
+
+    first = prepare(dev_share=0.25)
+    assert {split: first.pack.manifest["splits"][split]["images"] for split in ("train", "dev", "test")} == {
+        "train": 26, "dev": 10, "test": 4,
+    }  # fmt: skip
+    splits = dict(zip(first.pack.column("source_file"), first.pack.column("split"), strict=True))
+    assert all(splits[f"train2017/{number:02}.jpg"] == splits[f"twin-{number}.jpg"] for number in range(20))
+    assert data.describe(first.pack)["leakage"] == []
+    assert prepare(dev_share=0.25, split_seed=0).unchanged
+    other = prepare(dev_share=0.25, split_seed=1)
+    assert not other.unchanged
+    assert other.pack.column("split") != first.pack.column("split")
+    with pytest.raises(UsageError, match="can't be drawn from one set"):
+        prepare(dev_share=0.7, test_share=0.7)
+
+
+def test_absent_photos_are_allowed_up_to_a_share_and_told_with_reasons(tmp_path: Path, own: Path) -> None:
+    (own / "train2017" / "03.jpg").unlink()
+    (own / "train2017" / "04.jpg").write_bytes(b"no photo")
+    table = own / "My table (1).csv"
+    with pytest.raises(
+        ChimeraError, match=r"1 of 20 images are not there, more than the 1\.0% allowed; first train2017/03"
+    ):
+        data.prepare("table", home=tmp_path, origin=table, size=16)
+    told: list[Event] = []
+    made = data.prepare("table", home=tmp_path, origin=table, size=16, max_bad=0.1, listener=told.append)
+    absent, damaged = data.describe(made.pack)["skipped_reasons"].items()
+    assert absent == ("no such file", 1)
+    assert damaged[0].startswith("not an image")
+    assert any(
+        isinstance(event, Note) and "1 of 20 images are not there and left out" in event.message for event in told
+    )
+
+
+def test_an_image_of_too_many_pixels_is_unreadable(tmp_path: Path, own: Path) -> None:
+    (own / "train2017" / "03.jpg").write_bytes(jpeg(9, (400, 300)))
+    table = own / "My table (1).csv"
+    with pytest.raises(ChimeraError, match=r"1 of 20 images can't be read.*03\.jpg.*100,000"):
+        data.prepare("table", home=tmp_path, origin=table, size=16, max_pixels=100_000)
+    assert len(data.prepare("table", home=tmp_path, origin=table, size=16).pack) == 20
+
+
+def test_duplicates_across_given_splits_are_told(tmp_path: Path, own: Path) -> None:
+    rows = ["image,split", "train2017/00.jpg,train", "train2017/01.jpg,val", "twin.jpg,test"]
+    (own / "twin.jpg").write_bytes(jpeg(0))
+    (own / "set.csv").write_text("\n".join(rows))
+    told: list[Event] = []
+    made = data.prepare("table", home=tmp_path, origin=own / "set.csv", size=16, listener=told.append)
+    assert [entry["files"] for entry in data.describe(made.pack)["leakage"]] == [
+        [["train2017/00.jpg", "train"], ["twin.jpg", "test"]]
+    ]
+    assert any(isinstance(event, Note) and event.level == "warning" and "twin.jpg" in event.message for event in told)
+
+
+@pytest.mark.flickr8k
+def test_the_real_set_through_a_table_is_the_same(tmp_path: Path, flickr8k: Path) -> None:
+    """The first 200 photos of the official captions, as a CSV over the same files."""
+    tokens = (flickr8k / "Flickr8k_text" / TOKENS).read_text(encoding="utf-8").splitlines()
+    names = sorted({line.partition("#")[0] for line in tokens})[:200]
+    source, texts = tmp_path / "source" / "Flicker8k_Dataset", tmp_path / "source" / "Flickr8k_text"
+    source.mkdir(parents=True)
+    texts.mkdir()
+    for name in names:
+        (source / name).symlink_to(flickr8k / "Flicker8k_Dataset" / name)
+    lines = [line for line in tokens if line.partition("#")[0] in set(names)]
+    (texts / TOKENS).write_text("\n".join(lines), encoding="utf-8")
+    split_of = {}
+    for split, file in LISTS.items():
+        official = set((flickr8k / "Flickr8k_text" / file).read_text(encoding="utf-8").split())
+        own = [name for name in names if name in official]
+        (texts / file).write_text("\n".join(own), encoding="utf-8")
+        split_of |= dict.fromkeys(own, split)
+    with (tmp_path / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = [(line.partition("#")[0], line.partition("\t")[2]) for line in lines]
+        csv.writer(file).writerows(
+            [("image", "caption", "split"), *((name, text, split_of.get(name, "")) for name, text in rows)]
+        )
+    one = data.prepare("flickr8k", home=tmp_path, origin=tmp_path / "source", size=64).pack
+    other = data.prepare(
+        "table", home=tmp_path, origin=tmp_path / "table.csv", size=64, options=data.SourceOptions(images=source)
+    ).pack
+    places = {name: index for index, name in enumerate(other.column("source_file"))}
+    order = [places[name] for name in one.column("source_file")]
+    assert len(order) == 200
+    np.testing.assert_array_equal(one.images, other.images[order])
+    assert one.column("split") == [other.column("split")[index] for index in order]
+    assert _captions_by_file(one) == _captions_by_file(other)
+
+
+def _captions_by_file(pack: Pack) -> dict[str, list[str]]:
+    names = pack.column("source_file")
+    captions: dict[str, list[str]] = {}
+    for split in ("train", "dev", "test"):
+        table, indices = pack.captions(split), pack.split_indices(split)
+        for position, text in zip(table.image_positions.tolist(), table.texts, strict=True):
+            captions.setdefault(names[indices[position]], []).append(text)
+    return captions

@@ -13,7 +13,7 @@ from chimera_cli.errors import ChimeraError, UsageError
 _DEPTH = 3  # how far below the given folder files are looked for: archive folder / data set / images
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceFile:
     """One file of a source: `path` inside it, `label` as errors name it, `stamp` (time or CRC-32) for its identity."""
 

@@ -1,7 +1,8 @@
 """Flickr8k (Hodosh, Young and Hockenmaier, JAIR 47, 2013) in its official layout and in that of Kaggle.
 
 Official: `Flicker8k_Dataset/` with the photos, `Flickr8k_text/` with `Flickr8k.token.txt` and three split lists.
-Kaggle: `Images/` and `captions.txt`, a CSV; the official split lists have to be put beside it.
+Kaggle: `Images/` and `captions.txt`, a CSV; the official split lists have to be put beside it, or Karpathy's
+`dataset_flickr8k.json`, which has the same splits and may stand in for the captions as well.
 """
 
 import contextlib
@@ -13,17 +14,17 @@ from pathlib import Path
 from chimera_cli.data.captions import tidy
 from chimera_cli.data.pack import SPLITS, UNUSED, Caption, Item
 from chimera_cli.data.sources.archives import SourceFile, folder_files, open_source, open_zip_files
+from chimera_cli.data.sources.corpus import Corpus
+from chimera_cli.data.sources.karpathy import Entry, read_entries
+from chimera_cli.data.sources.licences import licence_of
 from chimera_cli.errors import ChimeraError
 from chimera_cli.events import Listener, Note, ignore
 from chimera_cli.runs import content_hash
 
-LICENCE = (
-    "Photos belong to their Flickr owners. The corpus (Hodosh, Young and Hockenmaier, Framing Image Description as a "
-    "Ranking Task, JAIR 47, 2013) is for research use, with citation."
-)
 LISTS = {split: f"Flickr_8k.{split}Images.txt" for split in SPLITS}
 TOKENS = "Flickr8k.token.txt"
 KAGGLE_CAPTIONS = "captions.txt"
+KARPATHY = "dataset_flickr8k.json"
 TEXT_FOLDER = "Flickr8k_text"
 TEXT_ARCHIVE_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/Flickr8k_text.zip"
 DATASET_ARCHIVE_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/Flickr8k_Dataset.zip"
@@ -32,26 +33,19 @@ DATASET_ARCHIVE_URL = "https://github.com/jbrownlee/Datasets/releases/download/F
 GHOST = "2258277193_586949ec62.jpg.1"
 OFFICIAL_COUNTS = {"caption lines": 40_460, "usable images": 8_091, "train": 6_000, "dev": 1_000, "test": 1_000}
 
+_TEXTS = frozenset((TOKENS, KAGGLE_CAPTIONS, KARPATHY, *LISTS.values()))
 _IMAGE_FOLDERS = ("flicker8k_dataset", "flickr8k_dataset", "images", "flickr8k_images")
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Flickr8k as found: `files[i]` is the photo of `items[i]`, ordered by split and name; `digest` names the input."""
-
-    files: tuple[SourceFile, ...]
-    items: tuple[Item, ...]
-    captions: tuple[Caption, ...]
-    counts: Mapping[str, int]
-    digest: str
-
-
-@dataclass(frozen=True)
 class _Layout:
+    """Where things lie: `entries` of Karpathy's file stand in for split lists that are not there."""
+
     images: Mapping[str, SourceFile]
     captions: SourceFile
     lists: Mapping[str, SourceFile]
+    entries: Sequence[Entry] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ def open_flickr8k(origin: Path, listener: Listener = ignore, *, official_counts:
         files = stack.enter_context(open_source(origin, _complete))
         if not _complete(files):
             files = [*files, *_companions(origin, stack)]
-        layout = _find_layout(origin, files)
+        layout = _find_layout(origin, files, listener)
         corpus = _read(layout, listener)
         _check_counts(corpus.counts, listener, official_counts)
         yield corpus
@@ -85,7 +79,8 @@ def open_flickr8k(origin: Path, listener: Listener = ignore, *, official_counts:
 
 def _complete(files: Sequence[SourceFile]) -> bool:
     names = {file.path.name for file in files}
-    return bool(_find_images(files)) and bool(names & {TOKENS, KAGGLE_CAPTIONS}) and set(LISTS.values()) <= names
+    texts = bool(names & {TOKENS, KAGGLE_CAPTIONS}) and set(LISTS.values()) <= names
+    return bool(_find_images(files)) and (texts or KARPATHY in names)
 
 
 def _companions(origin: Path, stack: contextlib.ExitStack) -> list[SourceFile]:
@@ -96,7 +91,7 @@ def _companions(origin: Path, stack: contextlib.ExitStack) -> list[SourceFile]:
         files += folder_files(above / TEXT_FOLDER, depth=0)
     if (above / f"{TEXT_FOLDER}.zip").is_file():
         files += open_zip_files(above / f"{TEXT_FOLDER}.zip", stack)
-    return [file for file in files if file.path.name in {TOKENS, KAGGLE_CAPTIONS, *LISTS.values()}]
+    return [file for file in files if file.path.name in _TEXTS]
 
 
 def _find_images(files: Sequence[SourceFile]) -> dict[str, SourceFile]:
@@ -113,7 +108,7 @@ def _find_images(files: Sequence[SourceFile]) -> dict[str, SourceFile]:
     return next(iter(known + loose), {})
 
 
-def _find_layout(origin: Path, files: Sequence[SourceFile]) -> _Layout:
+def _find_layout(origin: Path, files: Sequence[SourceFile], listener: Listener) -> _Layout:
     images = _find_images(files)
     if not images:
         raise ChimeraError(
@@ -123,17 +118,20 @@ def _find_layout(origin: Path, files: Sequence[SourceFile]) -> _Layout:
     by_name: dict[str, SourceFile] = {}
     for file in sorted(files, key=lambda file: len(file.path.parts)):
         by_name.setdefault(file.path.name, file)
-    captions = by_name.get(TOKENS) or by_name.get(KAGGLE_CAPTIONS)
+    captions = by_name.get(TOKENS) or by_name.get(KAGGLE_CAPTIONS) or by_name.get(KARPATHY)
     if captions is None:
         raise ChimeraError(
             f"{origin} holds no captions of Flickr8k: neither {TEXT_FOLDER}/{TOKENS} nor {KAGGLE_CAPTIONS}",
             f"unpack {TEXT_ARCHIVE_URL} beside the photos",
         )
     missing = [name for name in LISTS.values() if name not in by_name]
+    if missing and KARPATHY in by_name:
+        listener(Note(f"the official split lists are not there: splits come from {KARPATHY}, which has the same"))
+        return _Layout(images, captions, {}, read_entries(_content(by_name[KARPATHY]), by_name[KARPATHY].label))
     if missing:
         raise ChimeraError(
             f"{origin} lacks the official split lists {', '.join(missing)}",
-            f"take them from {TEXT_ARCHIVE_URL} and put them beside {captions.path.name}",
+            f"take them from {TEXT_ARCHIVE_URL} and put them (or {KARPATHY}) beside {captions.path.name}",
         )
     return _Layout(images, captions, {split: by_name[name] for split, name in LISTS.items()})
 
@@ -142,10 +140,9 @@ def _find_layout(origin: Path, files: Sequence[SourceFile]) -> _Layout:
 
 
 def _read(layout: _Layout, listener: Listener) -> Corpus:
-    parse = _parse_tokens if layout.captions.path.name == TOKENS else _parse_kaggle
-    lines = parse(layout.captions)
+    lines = _PARSERS[layout.captions.path.name](layout.captions)
     known = _known_captions(lines, layout, listener)
-    split_of = _read_lists(layout, set(known))
+    split_of = _read_lists(layout, set(known)) | _entry_splits(layout, set(known))
     strays = len(layout.images.keys() - known.keys())
     if strays:
         listener(Note(f"{strays:,} images have no caption in {layout.captions.label} and are left out", "warning"))
@@ -155,13 +152,14 @@ def _read(layout: _Layout, listener: Listener) -> Corpus:
     captions = tuple(
         Caption(position, line.index, line.text) for position, name in enumerate(names) for line in known[name]
     )
-    files = tuple(layout.images[name] for name in names)
+    files = [layout.images[name] for name in names]
     counts = {"caption lines": len(lines), "usable images": len(names)}
     counts |= {split: sum(item.split == split for item in items) for split in SPLITS}
     photos = [(file.path.name, file.size_bytes, file.stamp) for file in files]
     rows = [(item.source_file, item.split) for item in items]
     digest = content_hash([photos, rows, [(c.image, c.index, c.text) for c in captions]])
-    return Corpus(files, items, captions, counts, digest)
+    reads = tuple(file.read for file in files)
+    return Corpus(reads, items, captions, digest, licence_of("flickr8k"), counts=counts)
 
 
 def _known_captions(
@@ -206,6 +204,15 @@ def _read_lists(layout: _Layout, captioned: set[str]) -> dict[str, str]:
     return split_of
 
 
+def _entry_splits(layout: _Layout, captioned: set[str]) -> dict[str, str]:
+    """Return the split of every image by the entries that stand in for the lists."""
+    for entry in layout.entries:
+        if entry.filename not in captioned:
+            what = "has no caption" if entry.filename in layout.images else "is not there"
+            raise ChimeraError(f"{entry.where}: the image {entry.filename} {what}", "take the file as published")
+    return {entry.filename: entry.split for entry in layout.entries}
+
+
 def _parse_tokens(file: SourceFile) -> list[_CaptionLine]:
     """Return the lines of the official caption file: `image.jpg#2<TAB>text`."""
     rows = []
@@ -239,6 +246,18 @@ def _parse_kaggle(file: SourceFile) -> list[_CaptionLine]:
     return rows
 
 
+def _parse_karpathy(file: SourceFile) -> list[_CaptionLine]:
+    """Return the captions of Karpathy's file; the number of an entry stands for the line."""
+    return [
+        _CaptionLine(entry.filename, index, _caption(file, number, text), number)
+        for number, entry in enumerate(read_entries(_content(file), file.label), 1)
+        for index, text in enumerate(entry.sentences)
+    ]
+
+
+_PARSERS = {TOKENS: _parse_tokens, KAGGLE_CAPTIONS: _parse_kaggle, KARPATHY: _parse_karpathy}
+
+
 def _caption(file: SourceFile, number: int, text: str) -> str:
     clean = tidy(text)
     if not clean:
@@ -248,17 +267,20 @@ def _caption(file: SourceFile, number: int, text: str) -> str:
 
 def _lines(file: SourceFile) -> Iterator[tuple[int, str]]:
     """Yield (line number, line) of a UTF-8 text; line breaks are \\n and \\r\\n alone, as every editor counts them."""
-    try:
-        content = file.read()
-    except OSError as error:
-        raise ChimeraError(
-            f"{file.label} can't be read: {error.strerror or error}", "check the file's permissions, or get it again"
-        ) from error
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for number, line in enumerate(_content(file).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
             yield number, line.decode("utf-8").removesuffix("\r")
         except UnicodeDecodeError as error:
             raise _broken(file, number, "the line is not UTF-8") from error
+
+
+def _content(file: SourceFile) -> bytes:
+    try:
+        return file.read()
+    except OSError as error:
+        raise ChimeraError(
+            f"{file.label} can't be read: {error.strerror or error}", "check the file's permissions, or get it again"
+        ) from error
 
 
 def _broken(file: SourceFile, number: int, what: str) -> ChimeraError:
@@ -266,10 +288,16 @@ def _broken(file: SourceFile, number: int, what: str) -> ChimeraError:
 
 
 def _check_counts(counts: Mapping[str, int], listener: Listener, required: bool) -> None:
-    """Compare with the official counts. Kaggle's file leaves out the captions of the image that does not exist."""
+    """Compare with the official counts, or with those of Kaggle's and of Karpathy's file.
+
+    Kaggle's leaves out the captions of the image that does not exist, Karpathy's those of images in no split as well.
+    """
     official = dict(OFFICIAL_COUNTS)
     if counts["caption lines"] == official["caption lines"] - 5:
         official["caption lines"] -= 5
+    in_splits = sum(official[split] for split in SPLITS)
+    if (counts["caption lines"], counts["usable images"]) == (5 * in_splits, in_splits):
+        official |= {"caption lines": 5 * in_splits, "usable images": in_splits}
     other = [
         f"{counts[what]:,} {what} (official: {number:,})" for what, number in official.items() if counts[what] != number
     ]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from chimera_cli.data.sources.flickr8k import GHOST, LISTS, TOKENS, Corpus, open_flickr8k
+from chimera_cli.data.sources.corpus import Corpus
+from chimera_cli.data.sources.flickr8k import GHOST, LISTS, TOKENS, open_flickr8k
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Event, Note
 
@@ -64,7 +65,8 @@ def zipped(folder: Path, archive: Path, *extra: str) -> None:
 
 def read(origin: Path, told: list[Event] | None = None) -> Corpus:
     with open_flickr8k(origin, (told if told is not None else []).append) as corpus:
-        assert all(file.read()[:2] == b"\xff\xd8" for file in corpus.files)
+        for item, read_photo in zip(corpus.items, corpus.reads, strict=True):
+            assert read_photo().rstrip(b"\0") == jpeg(ALL.index(item.source_file))
         return corpus
 
 
@@ -76,7 +78,6 @@ def check(corpus: Corpus) -> None:
         ("c.jpg", "test"),
         ("e.jpg", "unused"),
     ]
-    assert [file.path.name for file in corpus.files] == [item.source_file for item in corpus.items]
     assert sorted((caption.image, caption.index) for caption in corpus.captions) == [
         (image, index) for image in range(5) for index in (0, 1)
     ]
@@ -238,7 +239,7 @@ def test_a_damaged_member_is_an_unreadable_file(tmp_path: Path) -> None:
     content[place + 50] ^= 0xFF
     (tmp_path / "all.zip").write_bytes(content)
     with open_flickr8k(tmp_path / "all.zip") as corpus, pytest.raises(OSError, match="damaged in the archive"):
-        [file.read() for file in corpus.files]
+        [read() for read in corpus.reads]
 
 
 @pytest.mark.flickr8k

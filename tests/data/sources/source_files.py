@@ -1,0 +1,65 @@
+"""Small files of all kinds that the tests of the sources read: photos, tables, shards; and a look at a corpus."""
+
+import io
+import tarfile
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from PIL import Image
+
+from chimera_cli.data.sources.corpus import Corpus
+from chimera_cli.events import Event, Note
+
+Members = Sequence[tuple[str, bytes]]
+
+
+def jpeg(value: int) -> bytes:
+    """Return a photo of 12 x 9 pixels in a red of its own."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (12, 9), (value, 0, 0)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_photos(folder: Path, names: Sequence[str]) -> None:
+    """Write one photo per name, the first with the value 0."""
+    for value, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(jpeg(value))
+
+
+def write_tar(path: Path, members: Members) -> Path:
+    """Write a shard with these files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+class Seen:
+    """What a source yields while it is open: the corpus, its photos' bytes by name, its captions by name, its notes."""
+
+    def __init__(self) -> None:
+        self.told: list[Event] = []
+
+    def look(self, opened: AbstractContextManager[Corpus]) -> "Seen":
+        """Enter `opened`, read every photo and leave."""
+        with opened as corpus:
+            self.corpus = corpus
+            names = [item.source_file for item in corpus.items]
+            self.photos: Mapping[str, bytes] = {name: read() for name, read in zip(names, corpus.reads, strict=True)}
+        self.splits = {item.source_file: item.split for item in corpus.items}
+        self.columns = {item.source_file: dict(item.columns) for item in corpus.items}
+        self.captions: dict[str, list[str]] = {name: [] for name in names}
+        for caption in corpus.captions:
+            assert caption.index == len(self.captions[names[caption.image]])
+            self.captions[names[caption.image]].append(caption.text)
+        return self
+
+    @property
+    def notes(self) -> str:
+        """Return all sentences told, one per line."""
+        return "\n".join(event.message for event in self.told if isinstance(event, Note))
