@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,10 @@ from typing import Any, Literal
 from chimera_cli.errors import ChimeraError, UsageError
 
 SCHEMA_VERSION = 1
+# The key that holds the hash of a file's other content.
+SEAL = "sha256"
+# What a result repeats of its group, so that one put into the folder of another group is noticed.
+MADE_WITH = ("pack", "config_hash", "source_hash", "hardware")
 Status = Literal["running", "finished", "failed", "interrupted"]
 
 
@@ -47,6 +51,35 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace `path` by `value` as JSON with a seal: `sha256` over the rest of it, so that an edit by hand shows.
+
+    The seal guards against slips, not against somebody who computes it anew. Raises ChimeraError as `write_json` does.
+    """
+    # As it will be read back: keys that are numbers become text, and sort differently.
+    content = {key: item for key, item in json.loads(json.dumps(value)).items() if key != SEAL}
+    write_json(path, content | {SEAL: content_hash(content)})
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`, seal included. Raises ChimeraError as `read_json`, and for a broken seal."""
+    value = read_json(path)
+    problem = seal_problem(value)
+    if problem:
+        raise ChimeraError(f"{path} {problem}", "make it anew; a file that was changed proves nothing")
+    return value
+
+
+def seal_problem(document: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the seal of a document that was read, to follow its name; None where it holds."""
+    seal = document.get(SEAL)
+    if seal is None:
+        return "was written by an older chimera or edited (it has no seal)"
+    if seal != content_hash({key: item for key, item in document.items() if key != SEAL}):
+        return "was edited after it was written (its hash no longer matches)"
+    return None
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step, synced to disk. Raises ChimeraError where it can't be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -63,11 +96,16 @@ def write_text(path: Path, text: str) -> None:
         raise cannot_write(path, error) from error
 
 
+def json_line(value: Mapping[str, Any]) -> str:
+    """Return `value` as one line of a JSON-lines file."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
     """Append `value` as one JSON line and flush it. Raises ChimeraError where it can't be written."""
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(json_line(value))
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -198,7 +236,7 @@ def create_group(home: Path, kind: str, label: str, seeds: Sequence[int], facts:
     try:
         for seed in seeds:
             group.seed_dir(seed).mkdir()
-        write_json(path / "group.json", group.facts)
+        write_sealed_json(path / "group.json", group.facts)
     except (OSError, ChimeraError) as error:
         shutil.rmtree(path, ignore_errors=True)
         raise (error if isinstance(error, ChimeraError) else cannot_write(path, error)) from error
@@ -208,9 +246,21 @@ def create_group(home: Path, kind: str, label: str, seeds: Sequence[int], facts:
 def update_group(group: Group, **changes: Any) -> Group:
     """Return the group with `changes` written into group.json, read anew under a lock so that none is lost."""
     with locked(group.path / ".lock"):
-        facts = read_json(group.path / "group.json") | changes
-        write_json(group.path / "group.json", facts)
-    return Group(group.path, facts)
+        return Group(group.path, _rewrite(group.path / "group.json", lambda _: changes))
+
+
+def _rewrite(path: Path, changes: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Write `changes` of what `path` holds into it and return the whole; a broken seal stays broken.
+
+    Sealing it anew would turn an edit by hand into a fact.
+    """
+    before = read_json(path)
+    facts = before | changes(before)
+    if seal_problem(before):
+        write_json(path, facts)
+    else:
+        write_sealed_json(path, facts)
+    return read_json(path)
 
 
 def finish_group(group: Group, status: Status) -> Group:
@@ -221,10 +271,13 @@ def finish_group(group: Group, status: Status) -> Group:
 def count_test_look(group: Group) -> int:
     """Count one more look at the test split in group.json and return how many there have been."""
     with locked(group.path / ".lock"):
-        facts = read_json(group.path / "group.json")
-        looks = int(facts.get("test_looks", 0)) + 1
-        write_json(group.path / "group.json", facts | {"test_looks": looks})
-    return looks
+        facts = _rewrite(group.path / "group.json", lambda before: {"test_looks": _looks(before) + 1})
+    return _looks(facts)
+
+
+def _looks(facts: Mapping[str, Any]) -> int:
+    looks = facts.get("test_looks")
+    return looks if type(looks) is int else 0
 
 
 def list_groups(home: Path, kind: str | None = None) -> list[Group]:
@@ -253,20 +306,24 @@ def _read_group(path: Path) -> Group:
     """Return the group in a folder. Raises ChimeraError where its group.json is cut off or lacks what every one has."""
     facts = read_json(path / "group.json")
     lacking = sorted({"kind", "status", "created_at", "finished_at", "seeds"} - set(facts))
-    if lacking or not isinstance(facts["seeds"], list):
+    if lacking or not isinstance(facts["seeds"], list) or not all(type(seed) is int for seed in facts["seeds"]):
         what = f"lacks {', '.join(lacking)}" if lacking else "holds no list of seeds"
         raise ChimeraError(f"{path / 'group.json'} {what}", "the file was edited; restore it or delete the folder")
     return Group(path, facts)
 
 
-def resolve_run(home: Path, name: str, kind: str = "train") -> tuple[Group, int | None]:
+def resolve_run(
+    home: Path, name: str, kind: str = "train", groups: Sequence[Group] | None = None
+) -> tuple[Group, int | None]:
     """Return the group that `name` means, and the seed when it names one (`GROUP/seed-1`).
 
     `latest` is the finished group of `kind` that finished last; anything else is a group or a unique prefix of one.
-    Raises UsageError naming what there is when nothing or more than one group fits.
+    `groups` are those of `list_groups`, where they have been read already. Raises UsageError naming what there is when
+    nothing or more than one group fits.
     """
+    known = list_groups(home) if groups is None else groups
     wanted, _, rest = name.strip("/").removeprefix("runs/").partition("/")
-    group = latest_group(home, kind) if wanted == "latest" else _by_prefix(home, wanted)
+    group = _latest(home, kind, known) if wanted == "latest" else _by_prefix(home, wanted, known)
     if not rest:
         return group, None
     match = re.fullmatch(r"seed-(\d+)", rest)
@@ -278,18 +335,21 @@ def resolve_run(home: Path, name: str, kind: str = "train") -> tuple[Group, int 
 
 def latest_group(home: Path, kind: str = "train") -> Group:
     """Return the finished group of `kind` with the newest `finished_at`. Raises UsageError when there is none."""
-    finished = [group for group in list_groups(home, kind) if group.status == "finished"]
+    return _latest(home, kind, list_groups(home, kind))
+
+
+def _latest(home: Path, kind: str, groups: Sequence[Group]) -> Group:
+    started = [group for group in groups if group.kind == kind]
+    finished = [group for group in started if group.status == "finished"]
     if not finished:
-        started = list_groups(home, kind)
         detail = f"; the newest, {started[0].name}, is {started[0].status}" if started else ""
         raise UsageError(f"there is no finished {kind} run below {runs_dir(home)}{detail}", _how_to_make(kind))
     return max(finished, key=lambda group: str(group.facts["finished_at"]))
 
 
-def _by_prefix(home: Path, prefix: str) -> Group:
+def _by_prefix(home: Path, prefix: str, groups: Sequence[Group]) -> Group:
     if prefix and (runs_dir(home) / prefix / "group.json").is_file():
         _read_group(runs_dir(home) / prefix)
-    groups = list_groups(home)
     exact = [group for group in groups if group.name == prefix]
     fitting = exact or [group for group in groups if prefix and group.name.startswith(prefix)]
     if len(fitting) == 1:

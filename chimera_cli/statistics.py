@@ -88,3 +88,117 @@ def bootstrap_interval(
     draws = [statistic(generator.integers(0, units, size=units)) for _ in range(resamples)]
     low, high = np.quantile(draws, (0.025, 0.975))
     return float(low), float(high)
+
+
+# ---- two runs on the same units -------------------------------------------------------------------------------------
+
+# Standard normal quantile of 80 % power.
+_Z_POWER_80 = 0.841621
+# Draws held at once: 32 MB as float64.
+_DRAWS_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A figure of two runs a and b on the same units: `absolute` = b - a, `relative` = (b - a) / a, 95 % intervals.
+
+    `p_value` is two-sided; `smallest_effect` is the absolute change that this comparison finds with 80 % power. The
+    relative parts are None where a is 0, or gets to 0 in a resample.
+    """
+
+    a: float
+    b: float
+    absolute: float
+    absolute_interval: tuple[float, float]
+    relative: float | None
+    relative_interval: tuple[float, float] | None
+    standard_error: float
+    p_value: float
+    smallest_effect: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the 95 % interval of the absolute change excludes 0."""
+        low, high = self.absolute_interval
+        return low > 0 or high < 0
+
+
+def paired_bootstrap(
+    a: "NDArray[np.float64]", b: "NDArray[np.float64]", sizes: "NDArray[np.float64]", *, resamples: int, seed: int
+) -> "tuple[NDArray[np.float64], NDArray[np.float64]]":
+    """Return the resampled figures (resamples, figures) of two runs measured on the same units.
+
+    `a` (seeds of a, figures, units) and `b` (seeds of b, figures, units) hold what each unit adds to a figure,
+    `sizes` (figures, units) how much it weighs: a figure is sum / sum, averaged over the seeds. One draw of units
+    serves both runs and all seeds, so that what makes a unit easy or hard cancels in the difference. The seeds of each
+    run are drawn beside it, independently for a and b: of n seeds n - 1 (one stays itself), because n of n would
+    make the variance of the mean too small by (n - 1) / n, which is much with three. The draws depend on `seed` alone;
+    memory is bounded whatever the number of resamples.
+
+    Sources: Efron and Tibshirani, An Introduction to the Bootstrap, chapters 8 and 13 (clusters, pairs); Rao and Wu
+    1988, Resampling inference with complex survey data (n - 1 of n).
+    """
+    import numpy as np
+
+    units = sizes.shape[1]
+    for_units, for_seeds = np.random.default_rng(seed).spawn(2)
+    shares = [_seed_shares(len(run), resamples, for_seeds) for run in (a, b)]
+    samples: tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]] = ([], [])
+    at_once = max(1, _DRAWS_AT_ONCE // units)
+    for start in range(0, resamples, at_once):
+        count = min(at_once, resamples - start)
+        times = _times_drawn(units, count, for_units)
+        total = times @ sizes.T
+        for run, share, found in zip((a, b), shares, samples, strict=True):
+            by_seed = np.stack([times @ one.T / total for one in run])
+            found.append(np.einsum("srf,rs->rf", by_seed, share[start : start + count]))
+    return np.concatenate(samples[0]), np.concatenate(samples[1])
+
+
+def _times_drawn(units: int, resamples: int, generator: "np.random.Generator") -> "NDArray[np.float64]":
+    """Return how often each of `units` is drawn with replacement, (resamples, units), rows adding up to `units`."""
+    import numpy as np
+
+    draws = generator.integers(0, units, size=(resamples, units)) + np.arange(resamples)[:, None] * units
+    times = np.bincount(draws.ravel(), minlength=resamples * units).reshape(resamples, units)
+    # Floats, because products of whole numbers don't go through BLAS.
+    return times.astype(np.float64)
+
+
+def _seed_shares(seeds: int, resamples: int, generator: "np.random.Generator") -> "NDArray[np.float64]":
+    """Return the share of each seed in the mean, (resamples, seeds), rows adding up to 1."""
+    import numpy as np
+
+    drawn = max(1, seeds - 1)
+    return generator.multinomial(drawn, np.full(seeds, 1 / seeds), size=resamples) / drawn
+
+
+def change_of(a: float, b: float, samples_a: "NDArray[np.float64]", samples_b: "NDArray[np.float64]") -> Change:
+    """Return the change from a to b, judged by paired resamples (resamples,) of both.
+
+    Intervals are percentiles. The p value is twice the share of resamples on the other side of 0, the observed change
+    counted as one more resample (Davison and Hinkley, Bootstrap Methods and Their Application, 4.2), at most 1.
+    """
+    import numpy as np
+
+    changes = samples_b - samples_a
+    low, high = np.quantile(changes, (0.025, 0.975))
+    relative, ends = None, None
+    if a != 0:
+        relative = (b - a) / a
+        if (samples_a > 0).all():
+            first, last = np.quantile(changes / samples_a, (0.025, 0.975))
+            ends = float(first), float(last)
+    error = float(changes.std(ddof=1))
+    rarer = min(int((changes <= 0).sum()), int((changes >= 0).sum()))
+    p_value = min(1.0, 2 * (rarer + 1) / (changes.size + 1))
+    interval = float(low), float(high)
+    return Change(a, b, b - a, interval, relative, ends, error, p_value, minimum_detectable_effect(error))
+
+
+def minimum_detectable_effect(standard_error: float) -> float:
+    """Return the smallest true change that a two-sided test at 5 % finds with 80 % power: (1.96 + 0.84) * error.
+
+    Source: Bloom 1995, Minimum detectable effects, Evaluation Review 19(5).
+    """
+    return (_Z_95 + _Z_POWER_80) * standard_error

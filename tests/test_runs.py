@@ -9,6 +9,7 @@ import pytest
 
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.runs import (
+    SEAL,
     Group,
     append_json_line,
     content_hash,
@@ -20,10 +21,13 @@ from chimera_cli.runs import (
     list_groups,
     read_json,
     read_json_lines,
+    read_sealed_json,
     resolve_run,
+    seal_problem,
     source_hash,
     update_group,
     write_json,
+    write_sealed_json,
     write_text,
 )
 
@@ -123,6 +127,53 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step"\n{"step": 3}\n', encoding="utf-8")
     with pytest.raises(ChimeraError, match=r"metrics\.jsonl:2 is not valid JSON"):
         read_json_lines(path)
+
+
+def test_a_seal_holds_for_the_content_and_not_for_its_layout(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    value = {"numbers": {10: 0.1, 9: -0.0, 2: 1e-300}, "text": "é\u2028\x1b", "list": [None, True, []], SEAL: "stale"}
+    write_sealed_json(path, value)
+    written = read_sealed_json(path)
+    assert written["numbers"] == {"10": 0.1, "9": -0.0, "2": 1e-300}
+    path.write_text(json.dumps(written, indent=None, sort_keys=True), encoding="utf-8")
+    assert read_sealed_json(path) == written
+    # Sealing what was read changes nothing.
+    write_sealed_json(path, written)
+    assert read_sealed_json(path) == written
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"a": 2}, "was edited after it was written"),
+        ({"b": None}, "was edited after it was written"),
+        ({SEAL: "0" * 64}, "was edited after it was written"),
+        ({SEAL: 5}, "was edited after it was written"),
+        ({SEAL: None}, "has no seal"),
+    ],
+)
+def test_a_broken_or_missing_seal_is_told(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    path = tmp_path / "result.json"
+    write_sealed_json(path, {"a": 1})
+    document = read_sealed_json(path)
+    assert seal_problem(document) is None
+    write_json(path, document | change)
+    assert words in str(seal_problem(read_json(path)))
+    with pytest.raises(ChimeraError, match=words) as caught:
+        read_sealed_json(path)
+    assert str(path) in caught.value.message
+
+
+def test_every_change_of_a_group_is_sealed_but_never_one_by_hand(tmp_path: Path) -> None:
+    group = create_group(tmp_path, "train", "a", [0], {"hardware": {"cores": 2}})
+    path = group.path / "group.json"
+    for change in (lambda: update_group(group, extra=1), lambda: count_test_look(group)):
+        change()
+        assert seal_problem(read_json(path)) is None
+    write_json(path, read_json(path) | {"hardware": {"cores": 8}})
+    finished = finish_group(group, "finished")
+    assert (finished.status, "was edited" in str(seal_problem(finished.facts))) == ("finished", True)
+    assert finished.facts == read_json(path)
 
 
 # ---- groups ---------------------------------------------------------------------------------------------------------

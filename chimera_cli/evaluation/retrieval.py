@@ -5,22 +5,36 @@ caption is found when its own image is among the k best images, an image when an
 best captions. Where scores are equal this module counts against the model, so that constant embeddings find nothing.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chimera_cli.errors import ChimeraError
 from chimera_cli.figures import RECALLS
+from chimera_cli.runtime import cpu_cores
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
-# Half the distance from 1.0 to the next float64: the relative error of one rounding.
-_UNIT_ROUNDOFF = 2.0**-53
-# Scores held at once, in float64: 32 MiB.
-_BLOCK_SCORES = 1 << 22
+# Half the distance from 1.0 to the next number: the relative error of one rounding.
+_ROUNDOFF_64, _ROUNDOFF_32 = 2.0**-53, 2.0**-24
+# The smallest normal float32: what a product may lose at most where it underflows.
+_TINY_32 = 2.0**-126
+# A block of scores (2 MB) stays in the cache while it is compared. What counts is counted in single bytes, so that 255
+# rows, and 255 times the eight bytes of a word in a row, are the most there may be.
+BLOCK_ROWS, BLOCK_COLUMNS = 240, 255 * 8
+_BLOCK_SCORES = BLOCK_ROWS * BLOCK_COLUMNS
+# With fewer rows it costs more to hand a comparison to another thread than to make it.
+_STRIP_ROWS = 16
+# Rows converted to float64 at once.
+_PART = 2048
+# With more scores in doubt than this, a whole block in float64 is cheaper than pair by pair.
+_PAIRS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,33 +69,47 @@ def retrieval_ranks(
     its other captions are no rivals. Two scores are equal when they differ by no more than the rounding of a float64
     inner product, 2 * dim * 2^-53 * |x| |y| (Higham, Accuracy and Stability of Numerical Algorithms, 3.1): matrix
     products sum in an order that depends on the place in the block, and equal embeddings must tie wherever they stand.
-    At most `block_scores` scores are held at once. Raises ChimeraError for NaN or infinite features or nothing to rank,
-    ValueError for shapes that don't fit.
+    The products are taken in float32, twice as fast, and again in float64 where its rounding leaves a doubt. Products
+    and comparisons use all cores (`threads`); at most `block_scores` scores are held at once. Raises ChimeraError for
+    NaN or infinite features or nothing to rank, ValueError for shapes that don't fit.
     """
-    images, texts = finite_features(image_features, "image"), finite_features(text_features, "text")
+    images, texts = _scaled(finite_features(image_features, "image")), _scaled(finite_features(text_features, "text"))
     owner = np.asarray(image_of_text, dtype=np.int64)
-    if owner.shape != texts.shape[:1] or images.shape[1] != texts.shape[1]:
-        raise ValueError(f"{images.shape} images, {texts.shape} captions and {owner.shape} owners don't fit together")
-    if owner.min() < 0 or owner.max() >= len(images):
-        raise ValueError(f"a caption belongs to an image outside the {len(images)} there are")
-    text_bar, image_bar = _bars(images, texts, owner)
-    rows = max(1, block_scores // len(texts))
-    i2t = np.zeros(len(images), dtype=np.int64)
-    t2i = np.ones(len(texts), dtype=np.int64)
-    for start in range(0, len(images), rows):
-        stop = min(start + rows, len(images))
-        scores = images[start:stop] @ texts.T
-        own = np.flatnonzero((owner >= start) & (owner < stop))
-        scores[owner[own] - start, own] = -np.inf
-        i2t[start:stop] = 1 + (scores >= image_bar[start:stop, None]).sum(axis=1)
-        t2i += (scores >= text_bar).sum(axis=0)
-    i2t[np.bincount(owner, minlength=len(images)) == 0] = 0
+    count, captions = len(images.values), len(texts.values)
+    if owner.shape != (captions,) or images.values.shape[1] != texts.values.shape[1]:
+        shapes = f"{images.values.shape} images, {texts.values.shape} captions and {owner.shape} owners"
+        raise ValueError(f"{shapes} don't fit together")
+    if owner.min() < 0 or owner.max() >= count:
+        raise ValueError(f"a caption belongs to an image outside the {count} there are")
+    width = min(captions, BLOCK_COLUMNS, max(1, block_scores))
+    i2t, t2i = np.ones(count, dtype=np.int64), np.ones(captions, dtype=np.int64)
+    cores = threads()
+    with ThreadPoolExecutor(cores) as pool:
+        image_bar, text_bar = _bars(images, texts, owner, pool)
+        for rows in _spans(count, max(1, min(BLOCK_ROWS, block_scores // width))):
+            for columns in _spans(captions, width):
+                strips = _block(images, texts, owner, rows, columns).strips(cores)
+                # The product takes all cores by itself, and a comparison one: of its own rows.
+                for strip, found in zip(strips, pool.map(partial(_compare, image_bar, text_bar), strips), strict=True):
+                    i2t[strip.rows] += found[0]
+                    t2i[columns] += found[1]
+    i2t[np.bincount(owner, minlength=count) == 0] = 0
     return Ranks(i2t, t2i, owner)
 
 
-def finite_features(features: Floats, what: str) -> NDArray[np.float64]:
-    """Return (n, dim) features in float64. Raises ChimeraError where one is not finite or there is none."""
-    array = np.asarray(features, dtype=np.float64)
+def threads() -> int:
+    """Return on how many cores ranks are computed: those of the process, or fewer where the environment says so.
+
+    The same variables keep the matrix product to fewer.
+    """
+    limits = [os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")]
+    return max(1, min([cpu_cores(), *(int(limit) for limit in limits if limit.isdecimal())]))
+
+
+def finite_features(features: Floats, what: str) -> NDArray[np.float32] | NDArray[np.float64]:
+    """Return (n, dim) features in float32 or float64. Raises ChimeraError where one is not finite or there is none."""
+    array = np.asarray(features)
+    array = array.astype(np.float32 if array.dtype in (np.float16, np.float32) else np.float64, copy=False)
     if array.ndim != 2:
         raise ValueError(f"{what} features have shape {array.shape}, not (n, dim)")
     if not len(array):
@@ -95,16 +123,145 @@ def finite_features(features: Floats, what: str) -> NDArray[np.float64]:
     return array
 
 
-def _bars(
-    images: NDArray[np.float64], texts: NDArray[np.float64], owner: Ints
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the score from which on a rival counts, for each caption (captions,) and for each image (images,)."""
-    own = np.einsum("md,md->m", images[owner], texts)
-    best = np.full(len(images), -np.inf)
+# ---- rivals ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaled:
+    """Features (n, dim) times `scale`, a power of two that brings them near 1: `single` in float32."""
+
+    values: Floats
+    scale: float
+    single: NDArray[np.float32]
+
+    def exact(self, rows: slice | Ints) -> NDArray[np.float64]:
+        """Return some of the scaled features without any rounding."""
+        return self.values[rows].astype(np.float64) * self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class _Bar:
+    """From which score (n,) on a rival counts: `exact` in float64; in float32 it `surely` or `maybe` does."""
+
+    exact: NDArray[np.float64]
+    surely: NDArray[np.float32]
+    maybe: NDArray[np.float32]
+
+    def part(self, span: slice) -> "_Bar":
+        return _Bar(self.exact[span], self.surely[span], self.maybe[span])
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Scores (rows, columns) of some images and captions, -inf for own pairs; the features are there to ask again."""
+
+    scores: NDArray[np.float32]
+    images: _Scaled
+    texts: _Scaled
+    rows: slice
+    columns: slice
+
+    def strips(self, count: int) -> list["_Block"]:
+        """Return the block cut into as many parts of its rows; fewer where that would leave them a handful each."""
+        height, top = len(self.scores), self.rows.start
+        return [
+            replace(self, scores=self.scores[rows], rows=slice(top + rows.start, top + rows.stop))
+            for rows in _spans(height, max(_STRIP_ROWS, -(-height // count)))
+        ]
+
+
+def _spans(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _scaled(features: Floats) -> _Scaled:
+    """Return features whose inner products neither overflow nor vanish in float32."""
+    largest = float(np.abs(features).max(initial=0.0))
+    # The scale itself must be a number of the type: short of its ends by as much as a norm and a sum can need.
+    limit = 120 if features.dtype == np.float32 else 1000
+    scale = 2.0 ** -int(np.clip(np.frexp(largest)[1], -limit, limit))
+    return _Scaled(features, scale, (features * features.dtype.type(scale)).astype(np.float32, copy=False))
+
+
+def _bars(images: _Scaled, texts: _Scaled, owner: Ints, pool: Executor) -> tuple[_Bar, _Bar]:
+    """Return the bars of the images (images,) and of the captions (captions,)."""
+
+    def of_captions(part: slice) -> NDArray[np.float64]:
+        exact = texts.exact(part)
+        return np.stack([np.einsum("md,md->m", images.exact(owner[part]), exact), np.linalg.norm(exact, axis=1)])
+
+    own, text_norms = np.concatenate(list(pool.map(of_captions, _spans(len(owner), _PART))), axis=1)
+    parts = pool.map(lambda part: np.linalg.norm(images.exact(part), axis=1), _spans(len(images.values), _PART))
+    image_norms, dim = np.concatenate(list(parts)), images.values.shape[1]
+    best = np.full(len(images.values), -np.inf)
     np.maximum.at(best, owner, own)
-    slack = 2 * images.shape[1] * _UNIT_ROUNDOFF
-    image_norms, text_norms = np.linalg.norm(images, axis=1), np.linalg.norm(texts, axis=1)
-    return own - slack * text_norms * image_norms.max(), best - slack * image_norms * text_norms.max()
+    return _bar(best, image_norms * text_norms.max(), dim), _bar(own, text_norms * image_norms.max(), dim)
+
+
+def _bar(own: NDArray[np.float64], reach: NDArray[np.float64], dim: int) -> _Bar:
+    """Return the bar below own scores (n,); `reach` (n,) is |x| |y| at most.
+
+    A float32 product of rounded features is off by n u / (1 - n u) |x| |y| at most, whatever the order of its sum, with
+    n = dim for the sum and 8 more for features and bar (Higham, 3.1), besides what underflows.
+    """
+    bar = own - 2 * dim * _ROUNDOFF_64 * reach
+    steps = (dim + 8) * _ROUNDOFF_32
+    doubt = steps / (1 - steps) * reach + 4 * dim * _TINY_32
+    return _Bar(bar, (bar + doubt).astype(np.float32), (bar - doubt).astype(np.float32))
+
+
+def _block(images: _Scaled, texts: _Scaled, owner: Ints, rows: slice, columns: slice) -> _Block:
+    scores = images.single[rows] @ texts.single[columns].T
+    owners = owner[columns]
+    own = np.flatnonzero((owners >= rows.start) & (owners < rows.stop))
+    scores[owners[own] - rows.start, own] = -np.inf
+    return _Block(scores, images, texts, rows, columns)
+
+
+def _compare(image_bar: _Bar, text_bar: _Bar, block: _Block) -> tuple[Ints, Ints]:
+    """Return the rivals that a block has of each of its images (rows,) and of each of its captions (columns,)."""
+    return _rivals(block, image_bar.part(block.rows), 1), _rivals(block, text_bar.part(block.columns), 0)
+
+
+def _rivals(block: _Block, bar: _Bar, axis: int) -> Ints:
+    """Return the number of rivals in a block: of each image (rows,) with axis 1, of each caption (columns,) with 0."""
+    maybe = _count(block.scores >= np.expand_dims(bar.maybe, axis), axis)
+    surely = _count(block.scores >= np.expand_dims(bar.surely, axis), axis)
+    lines = np.flatnonzero(maybe != surely)
+    if lines.size:
+        surely[lines] += _settle(block, bar, axis, lines)
+    return surely
+
+
+def _count(found: NDArray[np.bool_], axis: int) -> Ints:
+    """Return how many are true along an axis: ten times as fast as `found.sum(axis)`, which widens each byte first."""
+    if axis == 0:
+        counts: Ints = np.add.reduce(found.view(np.uint8), axis=0, dtype=np.uint8).astype(np.int64)
+        return counts
+    rows, columns = found.shape
+    if columns % 8:
+        return np.asarray(found.sum(axis=1))
+    # Eight bytes are added as one word; up to 255 of them none runs over into its neighbour.
+    words = np.add.reduce(found.view(np.uint64), axis=1)
+    return np.asarray(words.view(np.uint8).reshape(rows, 8).sum(axis=1, dtype=np.int64))
+
+
+def _settle(block: _Block, bar: _Bar, axis: int, lines: Ints) -> Ints:
+    """Return for some rows or columns of a block how many of the scores in doubt do count, asked in float64."""
+    scores = np.take(block.scores, lines, axis=1 - axis)
+    maybe, surely = np.expand_dims(bar.maybe[lines], axis), np.expand_dims(bar.surely[lines], axis)
+    doubtful = (scores >= maybe) & (scores < surely)
+    row, column = np.nonzero(doubtful)
+    place = lines[row if axis else column]
+    if len(row) > _PAIRS:
+        products = np.take(block.images.exact(block.rows) @ block.texts.exact(block.columns).T, lines, axis=1 - axis)
+        found: Ints = np.count_nonzero(doubtful & (products >= np.expand_dims(bar.exact[lines], axis)), axis=axis)
+        return found
+    image = block.images.exact(block.rows.start + (place if axis else row))
+    text = block.texts.exact(block.columns.start + (column if axis else place))
+    counts = np.einsum("pd,pd->p", image, text) >= bar.exact[place]
+    return np.bincount(row if axis else column, weights=counts, minlength=lines.size).astype(np.int64)
 
 
 def retrieval_figures(ranks: Ranks) -> dict[str, float]:
@@ -115,6 +272,27 @@ def retrieval_figures(ranks: Ranks) -> dict[str, float]:
     figures |= {f"t2i_r{k}": float((ranks.t2i <= k).mean()) for k in (1, 5, 10)}
     figures["t2i_medr"] = float(np.median(ranks.t2i))
     return figures | {"rsum": sum(figures[name] for name in RECALLS)}
+
+
+def hits_by_image(ranks: Ranks) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what each query image adds to the six `figures.RECALLS`, and its weight, both (6, queries).
+
+    A recall is the sum of hits over the sum of weights: for i2t an image found (0 or 1) of one image, for t2i its
+    captions found of its captions.
+    """
+    queries, captions = ranks.queries, ranks.captions_per_query()
+    hits: list[NDArray[np.float64]] = []
+    sizes: list[NDArray[np.float64]] = []
+    for name in RECALLS:
+        direction, _, k = name.partition("_r")
+        if direction == "i2t":
+            hits.append((ranks.i2t[queries] <= int(k)).astype(np.float64))
+            sizes.append(np.ones(queries.size))
+        else:
+            found = np.bincount(ranks.image_of_text, weights=ranks.t2i <= int(k), minlength=ranks.i2t.size)
+            hits.append(found[queries].astype(np.float64))
+            sizes.append(captions.astype(np.float64))
+    return np.stack(hits), np.stack(sizes)
 
 
 def retrieval_intervals(ranks: Ranks, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:

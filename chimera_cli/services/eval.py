@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Evaluated, Listener, Note, Saved, ignore
 from chimera_cli.figures import RETRIEVAL
-from chimera_cli.runs import SCHEMA_VERSION, Group, count_test_look, read_json, resolve_run, utc_now, write_json
+from chimera_cli.runs import (
+    SCHEMA_VERSION,
+    Group,
+    count_test_look,
+    read_json,
+    resolve_run,
+    seal_problem,
+    source_hash,
+    utc_now,
+    write_sealed_json,
+)
 from chimera_cli.statistics import Summary, summarise_known
 
 if TYPE_CHECKING:
@@ -16,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from chimera_cli.data.pack import CaptionTable, Pack
+    from chimera_cli.evaluation.retrieval import Ranks
 
 BOOTSTRAP_SEED = 0
 
@@ -33,8 +44,9 @@ def evaluate_group(
     """Return the evaluation of a run over its seeds and write it beside the run, per seed and for the group.
 
     `data` is another pack than the one trained on; `zero_shot` names a column of its items whose values are classes.
-    Every look at the test split is counted in the group. Raises UsageError for a run, pack, split or column that is not
-    there, ChimeraError for a checkpoint that can't be read or embeddings that are not finite.
+    The ranks of all queries lie beside each seed's file, for `chimera slo diff`. Every look at the test split is
+    counted in the group. Raises UsageError for a run, pack, split or column that is not there, ChimeraError for a seed
+    that is not finished, a checkpoint that can't be read or embeddings that are not finite.
     """
     from chimera_cli.data.pack import SPLITS, open_pack, split_name
     from chimera_cli.runtime import pick_device
@@ -42,6 +54,8 @@ def evaluate_group(
     group, seed = resolve_run(home, run)
     if group.kind != "train":
         raise UsageError(f"{group.name} is a {group.kind} run", "`chimera eval` takes a train run")
+    seeds = group.seeds if seed is None else (seed,)
+    _need_finished(group, seeds)
     name = split_name(split)
     if name not in SPLITS:
         raise UsageError(f"the split {name!r} can't be evaluated", f"the splits are {', '.join(SPLITS)}")
@@ -50,16 +64,42 @@ def evaluate_group(
     labels = None if zero_shot is None else _labels(pack, name, zero_shot)
     chosen = pick_device(device)
     looks = _count_look(group, name, listener)
-    seeds = group.seeds if seed is None else (seed,)
+    # Once, and before the work: what is loaded does not change where somebody edits the files meanwhile.
+    source = source_hash()
     documents = []
     for one in seeds:
-        document = _evaluate_seed(group.seed_dir(one), one, pack, name, table, labels, chosen, resamples, listener)
-        write_json(_path(group.seed_dir(one), pack, name), document)
+        document, ranks = _evaluate_seed(
+            group.seed_dir(one), one, pack, name, table, labels, chosen, resamples, listener
+        )
+        document |= {"source_hash": source}
+        document = _store(group.seed_dir(one) / "evaluations", f"{pack.name}-{name}", document, ranks)
         listener(Evaluated(int(document["checkpoint_step"] or 0), name, document["figures"]))
         documents.append(document)
     _write_aggregate(group, pack, name, looks)
     _deliver(home, group, listener)
     return _result(group, pack, name, documents, looks)
+
+
+def _need_finished(group: Group, seeds: Sequence[int]) -> None:
+    """Refuse seeds that are still at work or never came to their end: their best checkpoint may yet change."""
+    if group.status == "finished":
+        return
+    for seed in seeds:
+        result = group.seed_dir(seed) / "result.json"
+        if not result.exists() or read_json(result).get("status") != "finished":
+            wait = "wait until it has finished; `chimera runs list` shows whether it is still alive"
+            hint = wait if group.status == "running" else "train it again"
+            raise ChimeraError(f"seed {seed} of {group.name} is not finished: the run is {group.status}", hint)
+
+
+def _store(folder: Path, name: str, document: Mapping[str, Any], ranks: "Ranks") -> dict[str, Any]:
+    """Write a seed's evaluation, sealed, after its ranks, whose name and hash it holds; return it as it was written."""
+    from chimera_cli.evaluation.rank_files import write_ranks
+
+    file = f"{name}.ranks.npz"
+    facts = {"file": file, "sha256": write_ranks(folder / file, ranks)}
+    write_sealed_json(folder / f"{name}.json", {**document, "ranks": facts})
+    return read_json(folder / f"{name}.json")
 
 
 def _deliver(home: Path, group: Group, listener: Listener) -> None:
@@ -112,24 +152,26 @@ def _evaluate_seed(
     device: "torch.device",
     resamples: int,
     listener: Listener,
-) -> dict[str, Any]:
-    """Return the content of a seed's evaluation file."""
+) -> "tuple[dict[str, Any], Ranks]":
+    """Return the content of a seed's evaluation file, and the ranks of its queries."""
     from chimera_cli.services.embeddings import embed_split
 
     best = directory / "checkpoints" / "best.json"
     step = read_json(best).get("step") if best.exists() else None
     image, text = embed_split(directory, pack, split, device, listener)
-    return {
+    measured, ranks = measure(image, text, table.image_positions, resamples)
+    document = {
         "schema_version": SCHEMA_VERSION,
         "pack": {"name": pack.name, "fingerprint": pack.fingerprint},
         "split": split,
         "seed": seed,
         "checkpoint": "best",
         "checkpoint_step": step,
-        **measure(image, text, table.image_positions, resamples),
+        **measured,
         "zero_shot": None if labels is None else _classify(directory, image, labels, device, listener),
         "created_at": utc_now(),
     }
+    return document, ranks
 
 
 def measure(
@@ -137,20 +179,24 @@ def measure(
     text_features: "NDArray[np.float32]",
     image_of_text: "NDArray[np.int64]",
     resamples: int,
-) -> dict[str, Any]:
-    """Return counts, figures, intervals and chance of one set of embeddings, as the evaluation file has them."""
+) -> "tuple[dict[str, Any], Ranks]":
+    """Return what the evaluation file says of embeddings (counts, figures, intervals, chance, similarities), and ranks.
+
+    `image_features` (images, dim), `text_features` (captions, dim), `image_of_text` (captions,).
+    """
     from chimera_cli.evaluation.retrieval import (
         chance_figures,
         retrieval_figures,
         retrieval_intervals,
         retrieval_ranks,
     )
+    from chimera_cli.evaluation.similarities import similarity_histogram
 
     ranks = retrieval_ranks(image_features, text_features, image_of_text)
     captions = ranks.captions_per_query()
     images = len(ranks.i2t)
     intervals = retrieval_intervals(ranks, resamples, BOOTSTRAP_SEED)
-    return {
+    facts = {
         "images": images,
         "images_without_captions": images - ranks.queries.size,
         "captions": len(ranks.t2i),
@@ -159,7 +205,9 @@ def measure(
         "intervals": {name: list(ends) for name, ends in intervals.items()},
         "bootstrap": {"resamples": resamples, "seed": BOOTSTRAP_SEED, "units": "query images"},
         "chance": chance_figures(images, captions),
+        "similarities": similarity_histogram(image_features, text_features, image_of_text),
     }
+    return facts, ranks
 
 
 # ---- zero-shot ------------------------------------------------------------------------------------------------------
@@ -211,12 +259,15 @@ def _over_seeds(documents: Sequence[Mapping[str, Any]]) -> dict[str, Summary | N
 
 
 def _write_aggregate(group: Group, pack: "Pack", split: str, looks: int) -> None:
-    """Write the group's evaluation file once every seed has one of this content of the pack."""
+    """Write the group's evaluation file once every seed has an unedited one of this content of the pack."""
     paths = [_path(group.seed_dir(seed), pack, split) for seed in group.seeds]
     if not all(path.exists() for path in paths):
         return
     documents = [read_json(path) for path in paths]
-    if any((document.get("pack") or {}).get("fingerprint") != pack.fingerprint for document in documents):
+    if any(
+        seal_problem(document) or (document.get("pack") or {}).get("fingerprint") != pack.fingerprint
+        for document in documents
+    ):
         return
     summaries = _over_seeds(documents)
     document = {
@@ -230,7 +281,7 @@ def _write_aggregate(group: Group, pack: "Pack", split: str, looks: int) -> None
         "test_looks": looks,
         "created_at": utc_now(),
     }
-    write_json(_path(group.path, pack, split), document)
+    write_sealed_json(_path(group.path, pack, split), document)
 
 
 def _result(

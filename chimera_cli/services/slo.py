@@ -1,25 +1,36 @@
-"""`chimera slo`: a run before the law, and the next contingency step where it breaks one."""
+"""`chimera slo check`: a run before the law."""
 
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from chimera_cli.config import SanityConfig, TrainConfig, read_yaml, validate
-from chimera_cli.errors import ExitCode, UsageError
+from chimera_cli.errors import ChimeraError, ExitCode, UsageError
 from chimera_cli.figures import FIGURES
-from chimera_cli.runs import SCHEMA_VERSION, Group, list_groups, read_json, resolve_run, source_hash
-from chimera_cli.slo.contingency import fill, option, untried, with_seeds, with_settings
-from chimera_cli.slo.evidence import Subject, device_of, gather, pack_of
+from chimera_cli.runs import Group, list_groups, read_sealed_json, resolve_run, source_hash
+from chimera_cli.slo.contingency import fill, more_seeds, option, with_seeds
+from chimera_cli.slo.evidence import Evidence, Subject, device_of, gather, pack_of
 from chimera_cli.slo.ladder import TEST_IMAGES, comparable, gaps, next_rung
 from chimera_cli.slo.objectives import PROFILES, Action, Objective, Profile, Slos, for_profile, left_out
 from chimera_cli.slo.verdicts import Finding, Verdict, Word, judge, worst_of
-from chimera_cli.slo.words import evidence_words, law_words, measured_words, over_seeds
+from chimera_cli.slo.words import (
+    evidence_words,
+    interval_words,
+    law_words,
+    measured_words,
+    over_seeds,
+    sources,
+    waiver_facts,
+)
 from chimera_cli.statistics import Summary, summarise
 
 NOT_THE_LAW = "not the law"
+
+# Of the JSON that `slo` prints: keys are only added within a version.
+OUTPUT_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +41,7 @@ class Judgement:
     slos: Slos
     path: Path
     profile: Profile
+    today: date
     verdicts: tuple[Verdict, ...]
 
 
@@ -93,24 +105,33 @@ def check(
     is not there.
     """
     judgement = judge_run(home, run, slo_path, profile, today)
-    group = judgement.subject.group
     word = worst_of([verdict.word for verdict in judgement.verdicts])
+    return heading(judgement) | {
+        "left_out": list(left_out(judgement.slos, judgement.profile)),
+        "strict": strict,
+        "verdict": word,
+        "exit_code": int(exit_code(word, strict)),
+        "figures": judged_figures(judgement.verdicts),
+        "objectives": [objective_facts(verdict, judgement) for verdict in judgement.verdicts],
+        "waivers": _waivers(judgement),
+        "ladder": _ladder(judgement.subject),
+        "command": own_command(judgement),
+    }
+
+
+def heading(judgement: Judgement) -> dict[str, Any]:
+    """Return what stands above every output of `slo`: which run was held against what, and what to know of it."""
+    subject = judgement.subject
     return {
-        "schema_version": SCHEMA_VERSION,
-        "run": group.name,
-        "seeds": list(judgement.subject.seeds),
-        "pack": dict(pack_of(group)),
+        "schema_version": OUTPUT_VERSION,
+        "run": subject.group.name,
+        "seeds": list(subject.seeds),
+        "pack": dict(pack_of(subject.group)),
         "slo": str(judgement.path),
         "law": judgement.slos.law,
         "profile": judgement.profile,
-        "left_out": list(left_out(judgement.slos, judgement.profile)),
+        "checked_on": judgement.today.isoformat(),
         "remarks": remarks(judgement),
-        "verdict": word,
-        "exit_code": int(_exit_code(word, strict)),
-        "figures": _judged_figures(judgement.verdicts),
-        "objectives": [_objective_facts(verdict, judgement.subject) for verdict in judgement.verdicts],
-        "ladder": _ladder(judgement.subject),
-        "command": _own_command(judgement),
     }
 
 
@@ -120,20 +141,25 @@ def judge_run(home: Path, run: str, slo_path: Path | None, profile: str, today: 
         raise UsageError(f"there is no profile {profile!r}", f"the profiles are {', '.join(PROFILES)}")
     path = slo_path or default_slo_path()
     slos = load_slos(path)
-    chosen: Profile = "cpu" if profile == "cpu" else "gpu"
-    objectives = for_profile(slos, chosen)
-    if not objectives:
-        raise UsageError(f"{path} has no objective for the profile {profile}", "choose another --profile or --slo")
-    group, seed = resolve_run(home, run)
+    groups = tuple(list_groups(home))
+    group, seed = resolve_run(home, run, groups=groups)
     if group.kind != "train":
         raise UsageError(
             f"{group.name} is a {group.kind} run", "name a train run; its proof of life is found by itself"
         )
-    subject = Subject(home, group, group.seeds if seed is None else (seed,))
+    subject = Subject(home, group, group.seeds if seed is None else (seed,), groups)
+    return judge_subject(subject, slos, path, "cpu" if profile == "cpu" else "gpu", today)
+
+
+def judge_subject(subject: Subject, slos: Slos, path: Path, profile: Profile, today: date | None = None) -> Judgement:
+    """Return the verdicts on a run that was read already, by objectives that were read from `path`."""
+    objectives = for_profile(slos, profile)
+    if not objectives:
+        raise UsageError(f"{path} has no objective for the profile {profile}", "choose another --profile or --slo")
     waivers = {waiver.objective: waiver for waiver in slos.waivers}
     day = today or datetime.now(UTC).date()
     verdicts = tuple(judge(one, gather(one, subject), waivers.get(one.id), day) for one in objectives)
-    return Judgement(subject, slos, path, chosen, verdicts)
+    return Judgement(subject, slos, path, profile, day, verdicts)
 
 
 def remarks(judgement: Judgement) -> list[str]:
@@ -149,33 +175,40 @@ def remarks(judgement: Judgement) -> list[str]:
     return found
 
 
-def _exit_code(word: Word, strict: bool) -> ExitCode:
+def exit_code(word: Word, strict: bool) -> ExitCode:
+    """Return what a verdict asks the process to leave with; `strict` takes a doubt for a gap."""
     codes = {"fail": ExitCode.BREACHED, "unmeasured": ExitCode.UNMEASURED}
     if strict and word == "inconclusive":
         return ExitCode.UNMEASURED
     return codes.get(word, ExitCode.OK)
 
 
-def _own_command(judgement: Judgement) -> str:
-    words = ["chimera slo check --run latest", f"--slo {_shown(judgement.path)}"]
-    return " ".join([*words, *(["--profile cpu"] if judgement.profile == "cpu" else [])])
+def own_command(judgement: Judgement) -> str:
+    """Return the command that judges this very run again, whatever is the latest by then."""
+    subject = judgement.subject
+    seed = f"/seed-{subject.seeds[0]}" if subject.seeds != subject.group.seeds else ""
+    words = ["chimera", "slo", "check", "--run", f"{subject.group.name}{seed}", "--slo", shown_path(judgement.path)]
+    return shlex.join([*words, *(["--profile", "cpu"] if judgement.profile == "cpu" else [])])
 
 
-def _shown(path: Path) -> str:
+def shown_path(path: Path) -> str:
     """Return the path of a shipped file as it is written in the README, any other as it was given."""
-    return f"configs/{path.name}" if path.parent.name == "configs" else str(path)
+    shipped = path.resolve().parent == default_slo_path().resolve().parent
+    return f"configs/{path.name}" if shipped else str(path)
 
 
 # ---- verdicts in words ----------------------------------------------------------------------------------------------
 
 
-def _judged_figures(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
+def judged_figures(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
     """Return by name what was held against the limits."""
     return {finding.condition.figure: finding.value for verdict in verdicts for finding in verdict.findings}
 
 
-def _objective_facts(verdict: Verdict, subject: Subject) -> dict[str, Any]:
+def objective_facts(verdict: Verdict, judgement: Judgement) -> dict[str, Any]:
+    """Return one verdict as JSON takes it: words, numbers, and the files that they come from."""
     objective, evidence, waiver = verdict.objective, verdict.evidence, verdict.waiver
+    missing = "unmeasured" in [verdict.word, *(finding.word for finding in verdict.findings)]
     return {
         "id": objective.id,
         "title": objective.title,
@@ -184,8 +217,8 @@ def _objective_facts(verdict: Verdict, subject: Subject) -> dict[str, Any]:
         "law": "; ".join(law_words(finding) for finding in verdict.findings),
         "measured": "; ".join(measured_words(finding) for finding in verdict.findings),
         "evidence": evidence_words(evidence),
-        "measure": _measure_command(objective, subject) if verdict.word == "unmeasured" else None,
-        "conditions": [_condition_facts(finding) for finding in verdict.findings],
+        "measure": measure_command(objective, judgement.subject, evidence) if missing else None,
+        "conditions": [_condition_facts(finding, evidence) for finding in verdict.findings],
         "beside": [
             {"figure": one.figure, "target": one.target, "summary": _summary(over_seeds(evidence, one.figure))}
             for one in objective.beside
@@ -193,11 +226,11 @@ def _objective_facts(verdict: Verdict, subject: Subject) -> dict[str, Any]:
         "run": evidence.group.name if evidence.group else None,
         "files": list(evidence.files),
         "seeds": list(evidence.seeds),
-        "waiver": None if waiver is None else waiver.model_dump(mode="json"),
+        "waiver": None if waiver is None else waiver_facts(waiver, verdict, judgement.today),
     }
 
 
-def _condition_facts(finding: Finding) -> dict[str, Any]:
+def _condition_facts(finding: Finding, evidence: Evidence) -> dict[str, Any]:
     condition = finding.condition
     return {
         "figure": condition.figure,
@@ -211,9 +244,12 @@ def _condition_facts(finding: Finding) -> dict[str, Any]:
         "reason": finding.reason,
         "value": finding.value,
         "margin": finding.margin,
+        "interval": None if finding.interval is None else list(finding.interval),
         "summary": _summary(finding.summary),
         "law": law_words(finding),
         "measured": measured_words(finding),
+        "interval_words": interval_words(finding),
+        "sources": sources(evidence, condition.figure),
     }
 
 
@@ -221,40 +257,52 @@ def _summary(summary: Summary | None) -> dict[str, Any] | None:
     return None if summary is None else summary.as_dict()
 
 
-def _placeholders(subject: Subject) -> dict[str, str]:
+def _waivers(judgement: Judgement) -> list[dict[str, Any]]:
+    """Return every waiver of the file with its state, those of other profiles too: nobody may overlook one."""
+    judged = {verdict.objective.id: verdict for verdict in judgement.verdicts}
+    return [waiver_facts(one, judged.get(one.objective), judgement.today) for one in judgement.slos.waivers]
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def placeholders(subject: Subject) -> dict[str, str]:
     """Return what the commands of the law leave open, from the run itself."""
     group, pack = subject.group, pack_of(subject.group)
     return {
         "run": group.name,
         "pack": str(pack.get("name", "flickr8k")),
         "source": str(pack.get("source", "flickr8k")),
-        "config": option(_command_of(group), "--config") or "configs/train/locked.yaml",
+        "config": option(command_of(group), "--config") or "configs/train/locked.yaml",
         "seeds": ",".join(str(seed) for seed in group.seeds),
         "device": "cuda" if device_of(group) == "gpu" else "cpu",
     }
 
 
-def _command_of(group: Group) -> str:
-    return str(group.facts.get("command", ""))
+def command_of(group: Group) -> str:
+    """Return the command that made a group; "" where it is not known."""
+    return str(group.facts.get("command") or "")
 
 
-def _measure_command(objective: Objective, subject: Subject) -> str | None:
+def measure_command(objective: Objective, subject: Subject, evidence: Evidence) -> str | None:
     """Return the command that would make the missing evidence; None where another machine has to."""
-    group = subject.group
+    from chimera_cli.services.runs import status_of
+
+    group, values = subject.group, placeholders(subject)
     if objective.hardware not in ("any", device_of(group)):
         return None
     if objective.pack not in (None, pack_of(group).get("source")):
-        config = _placeholders(subject)["config"]
-        return shlex.join(
-            ["chimera", "train", "full", "--config", config, "--data", str(objective.pack), "--seeds", "0,1,2"]
-        )
-    if objective.kind == group.kind and (
-        group.status != "finished" or max(len(subject.seeds), len(group.seeds)) < objective.seeds_at_least
-    ):
-        return with_seeds(_command_of(group), range(max(objective.seeds_at_least, len(group.seeds))))
-    if objective.kind == group.kind and len(subject.seeds) < objective.seeds_at_least:
-        return f"chimera slo check --run {shlex.quote(group.name)}"
-    return fill(objective.measure, _placeholders(subject))
+        words = ["chimera", "train", "full", "--config", values["config"], "--data", str(objective.pack)]
+        return shlex.join([*words, "--seeds", "0,1,2"])
+    if objective.kind != group.kind or not evidence.again:
+        return fill(objective.measure, values)
+    if status_of(group) == "running":
+        return shlex.join(["chimera", "runs", "show", group.name])
+    if len(subject.seeds) < objective.seeds_at_least <= len(group.seeds):
+        return shlex.join(["chimera", "slo", "check", "--run", group.name])
+    if not command_of(group):
+        return fill(objective.measure, values)
+    return with_seeds(command_of(group), more_seeds(group.seeds, objective.seeds_at_least))
 
 
 # ---- ladder ---------------------------------------------------------------------------------------------------------
@@ -267,15 +315,14 @@ def _ladder(subject: Subject) -> dict[str, Any] | None:
     paths = [subject.group.seed_dir(seed) / "evaluations" / name for seed in subject.seeds]
     if not paths or not all(path.exists() for path in paths):
         return None
-    documents = [read_json(path) for path in paths]
-    fitting = [
-        comparable(str(pack.get("source")), "test", int(document.get("images") or 0))
-        and (document.get("pack") or {}).get("fingerprint") == pack.get("fingerprint")
-        for document in documents
-    ]
-    if not all(fitting):
+    try:
+        documents = [read_sealed_json(path) for path in paths]
+    except ChimeraError:
+        # No law looks at the test split: figures that prove nothing leave the place on the ladder open.
         return None
-    figures = _mean_figures([document.get("figures") or {} for document in documents])
+    if not all(_on_the_ladder(document, pack) for document in documents):
+        return None
+    figures = _mean_figures([document["figures"] for document in documents])
     rung = next_rung(figures)
     return {
         "figures": figures,
@@ -285,100 +332,19 @@ def _ladder(subject: Subject) -> dict[str, Any] | None:
     }
 
 
+def _on_the_ladder(document: Mapping[str, Any], pack: Mapping[str, Any]) -> bool:
+    images, theirs = document.get("images"), document.get("pack")
+    return (
+        isinstance(images, int)
+        and isinstance(theirs, Mapping)
+        and isinstance(document.get("figures"), Mapping)
+        and comparable(str(pack.get("source")), "test", images)
+        and theirs.get("fingerprint") == pack.get("fingerprint")
+    )
+
+
 def _mean_figures(documents: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     names = [
         name for name in documents[0] if all(isinstance(document.get(name), int | float) for document in documents)
     ]
     return {name: summarise([float(document[name]) for document in documents]).mean for name in names}
-
-
-# ---- plan -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What to do next: in words, and as a command where one does it."""
-
-    kind: Literal["contingency", "measure", "more-seeds", "exhausted", "none"]
-    words: str
-    command: str | None = None
-    action: str | None = None
-    remaining: tuple[str, ...] = ()
-
-
-def plan(
-    home: Path, run: str = "latest", slo_path: Path | None = None, profile: str = "gpu", today: date | None = None
-) -> dict[str, Any]:
-    """Return the next contingency step for the first law that a run breaks, as JSON takes it.
-
-    Without a breach: the command that measures what is unmeasured, else more seeds for what is inconclusive.
-    """
-    judgement = judge_run(home, run, slo_path, profile, today)
-    verdict, step = _next_step(judgement)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "run": judgement.subject.group.name,
-        "slo": str(judgement.path),
-        "law": judgement.slos.law,
-        "profile": judgement.profile,
-        "remarks": remarks(judgement),
-        "figures": {} if verdict is None else _judged_figures([verdict]),
-        "objective": None if verdict is None else verdict.objective.id,
-        "verdict": worst_of([one.word for one in judgement.verdicts]),
-        "reason": "" if verdict is None else verdict.reason,
-        "step": step.kind,
-        "do": step.words,
-        "action": step.action,
-        "remaining": list(step.remaining),
-        "command": step.command,
-    }
-
-
-def _next_step(judgement: Judgement) -> tuple[Verdict | None, Step]:
-    """Return the verdict that asks for something first, and what: breaches, then gaps, then doubts."""
-    subject = judgement.subject
-    failed = [one for one in judgement.verdicts if one.word == "fail"]
-    for verdict in failed:
-        step = _contingency(verdict, subject)
-        if step is not None:
-            return verdict, step
-    if failed:
-        words = "Every step of the contingency plan has been taken; change the recipe, or somebody waives the breach."
-        return failed[0], Step("exhausted", words)
-    for verdict in judgement.verdicts:
-        if verdict.word == "unmeasured":
-            return verdict, _measurement(verdict.objective, subject)
-    for verdict in judgement.verdicts:
-        if verdict.word == "inconclusive" and verdict.evidence.group is not None:
-            seeds = range(len(verdict.evidence.seeds) + 2)
-            command = with_seeds(_command_of(verdict.evidence.group), seeds)
-            return verdict, Step("more-seeds", "Two more seeds narrow the interval.", command)
-    return None, Step("none", "Every objective is met; there is nothing to do.")
-
-
-def _contingency(verdict: Verdict, subject: Subject) -> Step | None:
-    """Return the first step of an objective's table that was not taken yet; None where all were."""
-    group = verdict.evidence.group or subject.group
-    ran = [_command_of(other) for other in list_groups(subject.home)]
-    values = _placeholders(subject)
-    left = untried(verdict.objective.actions, _config_of(group), ran, values)
-    if not left:
-        return None
-    first, rest = left[0], tuple(action.id for action in left[1:])
-    if first.command is not None:
-        return Step("contingency", first.do, fill(first.command, values), first.id, rest)
-    return Step("contingency", first.do, with_settings(_command_of(group), first.set), first.id, rest)
-
-
-def _measurement(objective: Objective, subject: Subject) -> Step:
-    command = _measure_command(objective, subject)
-    if command is None:
-        machine = objective.hardware.upper()
-        return Step("measure", f"Measure it on a machine with a {machine}, or check with the other --profile.")
-    return Step("measure", "Measure what is missing.", command)
-
-
-def _config_of(group: Group) -> dict[str, Any]:
-    """Return the resolved config of a group's first seed; empty where it has none."""
-    path = group.seed_dir(group.seeds[0]) / "config.yaml" if group.seeds else group.path
-    return read_yaml(path) if path.is_file() else {}

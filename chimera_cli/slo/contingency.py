@@ -1,7 +1,8 @@
 """What to do about a breach: the next step of an objective's contingency table as a command to paste."""
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -14,22 +15,37 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     return template.format_map({name: shlex.quote(value) for name, value in values.items()})
 
 
-def untried(
-    actions: Sequence[Action], config: Mapping[str, Any], ran: Iterable[str], values: Mapping[str, str]
-) -> list[Action]:
-    """Return the actions that were not taken yet, in their order.
+def holds(action: Action, config: Mapping[str, Any]) -> bool:
+    """Return whether a config has all the settings of an action; one that is a command has none."""
+    return bool(action.set) and all(_lookup(config, key) == value for key, value in action.set.items())
 
-    Settings are taken when `config`, the one the evidence was made with, holds them all; a command, filled in with
-    `values`, when it is among those that `ran`.
-    """
-    done = {tuple(shlex.split(command)) for command in ran}
 
-    def taken(action: Action) -> bool:
-        if action.command is not None:
-            return tuple(shlex.split(fill(action.command, values))) in done
-        return all(_lookup(config, key) == value for key, value in action.set.items())
+def same_command(one: str, other: str) -> bool:
+    """Return whether two commands do the same: the order of options, `--a=b` and `--json` change nothing."""
+    return _parts(one) == _parts(other)
 
-    return [action for action in actions if not taken(action)]
+
+def _parts(command: str) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return the words before the first option, and the options with their values in alphabetical order."""
+    words = [part for word in _split(command) for part in _option_and_value(word) if part != "--json"]
+    start = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
+    options: list[tuple[str, ...]] = []
+    for word in words[start:]:
+        options = [*options, (word,)] if word.startswith("--") else [*options[:-1], (*options[-1], word)]
+    return words[:start], sorted(options)
+
+
+def _option_and_value(word: str) -> list[str]:
+    name, equals, value = word.partition("=")
+    return [name, value] if word.startswith("--") and equals else [word]
+
+
+def _split(command: str) -> list[str]:
+    """Return the words of a command; one that was edited and has an open quote is split at its spaces."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return command.split()
 
 
 _ABSENT = object()
@@ -42,26 +58,27 @@ def _lookup(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def with_settings(command: str, settings: Mapping[str, Any]) -> str:
-    """Return `command` with a `--set key=value` for each setting, in place of those it has for the same keys."""
-    words = shlex.split(command)
+def with_plan(command: str, steps: Sequence[str]) -> str:
+    """Return `command` with `--plan` for each of `steps` (OBJECTIVE/ACTION), in place of those it has."""
     kept: list[str] = []
-    skip = False
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if skip:
-            skip = False
-        elif word == "--set" and following.partition("=")[0].strip() in settings:
-            skip = True
-        elif not (word.startswith("--set=") and word.removeprefix("--set=").partition("=")[0] in settings):
+    words = iter(_split(command))
+    for word in words:
+        if word == "--plan":
+            next(words, None)
+        elif not word.startswith("--plan="):
             kept.append(word)
-    for key, value in settings.items():
-        kept += ["--set", f"{key}={_as_yaml(value)}"]
-    return shlex.join(kept)
+    return shlex.join([*kept, *(part for step in steps for part in ("--plan", step))])
+
+
+def planned(command: str) -> tuple[str, ...]:
+    """Return the contingency steps that a command applies, OBJECTIVE/ACTION each, in their order."""
+    words = [part for word in _split(command) for part in _option_and_value(word)]
+    return tuple(value for word, value in pairwise(words) if word == "--plan")
 
 
 def with_seeds(command: str, seeds: Sequence[int]) -> str:
     """Return `command` run with other seeds."""
-    words = shlex.split(command)
+    words = _split(command)
     text = ",".join(str(seed) for seed in seeds)
     for index, word in enumerate(words):
         if word == "--seeds" and index + 1 < len(words):
@@ -71,18 +88,25 @@ def with_seeds(command: str, seeds: Sequence[int]) -> str:
     return shlex.join([*words, "--seeds", text])
 
 
+def more_seeds(seeds: Sequence[int], n: int) -> tuple[int, ...]:
+    """Return `seeds`, or `n` of them where those are fewer: the following numbers are added."""
+    start = max(seeds, default=-1) + 1
+    return (*seeds, *range(start, start + n - len(seeds)))
+
+
 def option(command: str, name: str) -> str | None:
     """Return the value of an option such as `--config` in a command; None where it is not given."""
-    words = shlex.split(command)
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    words = _split(command)
+    for word, following in pairwise([*words, None]):
         if word == name:
             return following
-        if word.startswith(f"{name}="):
+        if word is not None and word.startswith(f"{name}="):
             return word.partition("=")[2]
     return None
 
 
-def _as_yaml(value: Any) -> str:
-    """Return a setting as `--set` reads it back."""
+def setting(key: str, value: Any) -> str:
+    """Return a setting as `--set` reads it: `key=value`, the value as YAML."""
     text: str = yaml.safe_dump(value, default_flow_style=True)
-    return text.removesuffix("...\n").strip()
+    value_text = text.removesuffix("...\n").strip()
+    return f"{key}={value_text}"

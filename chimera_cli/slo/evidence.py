@@ -1,12 +1,13 @@
 """Which result files stand for an objective, and what they say. Reads JSON alone; missing evidence is a sentence."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from chimera_cli.runs import Group, list_groups, read_json
+from chimera_cli.errors import ChimeraError
+from chimera_cli.runs import MADE_WITH, Group, read_json, seal_problem
 from chimera_cli.slo.objectives import Objective
 
 Values = tuple[float | None, ...]
@@ -14,18 +15,23 @@ Values = tuple[float | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The run under judgement: a group of kind `train` and those of its seeds that are looked at."""
+    """The run under judgement: a group of kind `train` and those of its seeds that are looked at.
+
+    `groups` are all groups of the home folder, the newest first: read once, because there may be thousands.
+    """
 
     home: Path
     group: Group
     seeds: tuple[int, ...]
+    groups: tuple[Group, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """Figures by seed for one objective, or in `missing` the reason why there are none.
 
-    `files` are relative to the home folder; `figures` maps each name to one value per seed (None: not measured).
+    `files` are relative to the home folder, one per seed; `figures` maps each name to one value per seed (None: not
+    measured). `again`: what is missing only the whole command of the group can make, not a measurement of it.
     """
 
     group: Group | None
@@ -33,18 +39,19 @@ class Evidence:
     seeds: tuple[int, ...] = ()
     figures: Mapping[str, Values] = field(default_factory=dict)
     missing: str | None = None
+    again: bool = False
 
 
 def gather(objective: Objective, subject: Subject) -> Evidence:
     """Return the evidence for an objective: of the subject itself, or of the newest fitting group of another kind.
 
-    Raises ChimeraError for a result file that is cut off or was edited into something else.
+    A file that is cut off, was edited or comes from a newer chimera is missing evidence, told in a sentence.
     """
     reason = _unfit_subject(objective, subject)
     if reason:
         return Evidence(None, missing=reason)
     if objective.kind == subject.group.kind:
-        return _from_group(objective, subject.home, subject.group, subject.seeds)
+        return evidence_of(objective, subject.home, subject.group, subject.seeds)
     return _from_newest(objective, subject)
 
 
@@ -60,13 +67,17 @@ def _unfit_subject(objective: Objective, subject: Subject) -> str | None:
 
 def pack_of(group: Group) -> Mapping[str, Any]:
     """Return name, fingerprint and source of the pack of a group; empty where it had none."""
-    pack = group.facts.get("pack")
-    return pack if isinstance(pack, Mapping) else {}
+    return _mapping(group.facts.get("pack"))
 
 
 def device_of(group: Group) -> str:
     """Return `gpu` or `cpu`: what the group was computed on."""
-    return "gpu" if (group.facts.get("hardware") or {}).get("device") == "cuda" else "cpu"
+    return "gpu" if _mapping(group.facts.get("hardware")).get("device") == "cuda" else "cpu"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """Return `value`, or nothing where an edit made something else of it."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _article(device: str) -> str:
@@ -76,24 +87,26 @@ def _article(device: str) -> str:
 # ---- one group ------------------------------------------------------------------------------------------------------
 
 
-def _from_group(objective: Objective, home: Path, group: Group, seeds: tuple[int, ...]) -> Evidence:
-    reason = _unfinished(group) or _different_configs(group)
+def evidence_of(objective: Objective, home: Path, group: Group, seeds: Sequence[int]) -> Evidence:
+    """Return the evidence that one group of the objective's kind gives."""
+    reason = _unfinished(group) or _unsealed(group, home) or _different_configs(group)
     if reason:
-        return Evidence(group, missing=reason)
-    read = _evaluation if objective.split else _result
-    documents, files = [], []
-    for seed in seeds:
-        path, found = read(objective, group, seed)
-        if isinstance(found, str):
-            return Evidence(group, missing=found)
-        documents.append(found)
-        files.append(path.relative_to(home).as_posix())
+        return Evidence(group, missing=reason, again=True)
+    found = [_of_seed(objective, home, group, seed) for seed in seeds]
+    poor = next((one for one in found if one.missing), None)
+    if poor is not None:
+        return Evidence(group, missing=poor.missing, again=poor.again)
+    files = tuple(one.file for one in found)
+    mixed = _mixed(group, seeds, [one.document.get("source_hash") for one in found])
+    if mixed:
+        return Evidence(group, files, missing=mixed)
     if len(seeds) < objective.seeds_at_least:
         need = f"{objective.seeds_at_least} seeds are needed"
-        return Evidence(group, tuple(files), missing=f"{need}, {group.name} has {len(seeds)} to look at")
-    names = {name for document in documents for name in document["figures"]}
-    figures = {name: tuple(_number(document["figures"].get(name)) for document in documents) for name in names}
-    return Evidence(group, tuple(files), seeds, figures)
+        return Evidence(group, files, missing=f"{need}, {group.name} has {len(seeds)} to look at", again=True)
+    by_seed = [one.document["figures"] for one in found]
+    names = {name for figures in by_seed for name in figures}
+    figures = {name: tuple(_number(figures.get(name)) for figures in by_seed) for name in names}
+    return Evidence(group, files, tuple(seeds), figures)
 
 
 def _number(value: Any) -> float | None:
@@ -107,6 +120,11 @@ def _unfinished(group: Group) -> str | None:
     return None if group.status == "finished" else f"{group.name} is not finished but {group.status}"
 
 
+def _unsealed(group: Group, home: Path) -> str | None:
+    problem = seal_problem(group.facts)
+    return None if problem is None else f"{_relative(group.path / 'group.json', home)} {problem}"
+
+
 def _different_configs(group: Group) -> str | None:
     """Return why the seeds can't be one experiment: a mean over two recipes would be the figure of neither."""
     texts = {}
@@ -118,45 +136,116 @@ def _different_configs(group: Group) -> str | None:
     return None if other is None else f"seeds {first} and {other} of {group.name} were made with different configs"
 
 
-def _result(objective: Objective, group: Group, seed: int) -> tuple[Path, dict[str, Any] | str]:
-    """Return where the result of a seed lies and its content, or why it proves nothing."""
+def _mixed(group: Group, seeds: Sequence[int], hashes: Sequence[Any]) -> str | None:
+    """Return why files of several seeds may not be averaged: they were not written by one state of the source code."""
+    for seed, value in zip(seeds[1:], hashes[1:], strict=True):
+        if value != hashes[0]:
+            states = f"{_short(hashes[0])} and {_short(value)}"
+            return f"seeds {seeds[0]} and {seed} of {group.name} were evaluated by different source code ({states})"
+    return None
+
+
+# ---- one seed -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One file of a seed: its content, or in `missing` why it proves nothing, and whether to run it all `again`."""
+
+    file: str
+    document: Mapping[str, Any] = field(default_factory=dict)
+    missing: str | None = None
+    again: bool = False
+
+
+def _of_seed(objective: Objective, home: Path, group: Group, seed: int) -> _Found:
+    result = _result(objective, home, group, seed)
+    if result.missing or objective.split is None:
+        return result
+    return _evaluation(objective, home, group, seed, result.document)
+
+
+def _read(path: Path, home: Path) -> _Found:
+    """Return a result file with its figures and details as mappings, or in one sentence why it is no evidence."""
+    name = _relative(path, home)
+    try:
+        document = read_json(path)
+    except ChimeraError as error:
+        return _Found(name, missing=error.message.replace(str(path), name))
+    problem = seal_problem(document)
+    if problem:
+        return _Found(name, missing=f"{name} {problem}")
+    return _Found(name, document | {key: _mapping(document.get(key)) for key in ("figures", "details")})
+
+
+def _relative(path: Path, home: Path) -> str:
+    return path.relative_to(home).as_posix()
+
+
+def _result(objective: Objective, home: Path, group: Group, seed: int) -> _Found:
+    """Return the result of a seed, or why it proves nothing."""
     path = group.seed_dir(seed) / "result.json"
+    name = f"seed {seed} of {group.name}"
     if not path.exists():
-        return path, f"seed {seed} of {group.name} has no result"
-    document = _sections(read_json(path))
-    if document.get("status") != "finished":
-        return path, f"seed {seed} of {group.name} is not finished but {document.get('status')}"
+        return _Found(_relative(path, home), missing=f"{name} has no result", again=True)
+    found = _read(path, home)
+    reason = found.missing or _unfit_result(found.document, group, seed)
+    if reason:
+        return replace(found, missing=reason, again=True)
+    details = found.document["details"]
     for requirement in objective.requires:
-        if not requirement.met_by(document["details"].get(requirement.detail)):
-            return path, f"{group.name} does not count: {requirement.why}"
-    return path, document
+        if not requirement.met_by(details.get(requirement.detail)):
+            return replace(found, missing=f"{group.name} does not count: {requirement.why}")
+    return found
 
 
-def _evaluation(objective: Objective, group: Group, seed: int) -> tuple[Path, dict[str, Any] | str]:
-    """Return where the evaluation of a seed lies and its content, or why it proves nothing."""
-    path, result = _result(objective, group, seed)
-    if isinstance(result, str):
-        return path, result
+def _unfit_result(document: Mapping[str, Any], group: Group, seed: int) -> str | None:
+    """Return why a result is not that of this seed of this group: it broke off, or was put there from elsewhere."""
+    name = f"seed {seed} of {group.name}"
+    if document.get("status") != "finished":
+        return f"{name} is not finished but {document.get('status')}"
+    if document.get("seed", seed) != seed:
+        return f"the result of {name} is that of seed {document['seed']}"
+    made = document.get("made_with")
+    if not isinstance(made, Mapping):
+        return None
+    other = Group(group.path, dict(made))
+    changed = [key for key in MADE_WITH if made.get(key) != group.facts.get(key)]
+    words = " and ".join(_DIFFERENCES[key](other, group) for key in changed)
+    return f"{name} was made {words}: its result is no part of this group" if changed else None
+
+
+def _evaluation(objective: Objective, home: Path, group: Group, seed: int, result: Mapping[str, Any]) -> _Found:
+    """Return the evaluation of a seed, or why it proves nothing."""
     pack = pack_of(group)
     path = group.seed_dir(seed) / "evaluations" / f"{pack.get('name')}-{objective.split}.json"
     if not path.exists():
-        return path, f"seed {seed} of {group.name} was not evaluated on {objective.split}"
-    document = _sections(read_json(path))
-    if (document.get("pack") or {}).get("fingerprint") != pack.get("fingerprint"):
-        return path, f"seed {seed} of {group.name} was evaluated on another content of the pack {pack.get('name')}"
+        return _Found(
+            _relative(path, home), missing=f"seed {seed} of {group.name} was not evaluated on {objective.split}"
+        )
+    found = _read(path, home)
+    reason = found.missing or _unfit_evaluation(found.document, objective, group, seed, result)
+    return replace(found, missing=reason)
+
+
+def _unfit_evaluation(
+    document: Mapping[str, Any], objective: Objective, group: Group, seed: int, result: Mapping[str, Any]
+) -> str | None:
+    """Return why an evaluation is not one of this checkpoint on this split."""
+    pack, name = pack_of(group), f"seed {seed} of {group.name}"
+    if document.get("seed", seed) != seed or document.get("split", objective.split) != objective.split:
+        return f"the evaluation of {name} is that of seed {document.get('seed')} on {document.get('split')}"
+    theirs, ours = _mapping(document.get("pack")).get("fingerprint"), pack.get("fingerprint")
+    if theirs != ours:
+        what = f"another content of the pack {pack.get('name')} ({_short(theirs)} instead of {_short(ours)})"
+        return f"{name} was evaluated on {what}"
     step, best = document.get("checkpoint_step"), result["details"].get("best_step")
     if None not in (step, best) and step != best:
-        return path, f"seed {seed} of {group.name} was evaluated at step {step}, its best checkpoint is of step {best}"
+        return f"{name} was evaluated at step {step}, its best checkpoint is of step {best}"
     images = document.get("images")
     if objective.images_at_least and (not isinstance(images, int) or images < objective.images_at_least):
-        return path, f"the {objective.split} split has {images} images, {objective.images_at_least} are needed"
-    return path, document
-
-
-def _sections(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a result with its figures and details as mappings, whatever an edit made of them."""
-    found = {name: document.get(name) for name in ("figures", "details")}
-    return document | {name: value if isinstance(value, dict) else {} for name, value in found.items()}
+        return f"the {objective.split} split has {images} images, {objective.images_at_least} are needed"
+    return None
 
 
 # ---- groups of another kind -----------------------------------------------------------------------------------------
@@ -167,28 +256,68 @@ def _from_newest(objective: Objective, subject: Subject) -> Evidence:
 
     Where none will do, the newest that comes nearest says why.
     """
-    groups = [group for group in list_groups(subject.home, objective.kind) if group.status == "finished"]
+    groups = [group for group in subject.groups if group.kind == objective.kind and group.status == "finished"]
     groups.sort(key=lambda group: str(group.facts.get("finished_at")), reverse=True)
     missing = f"there is no finished {objective.kind} run"
     if groups:
-        missing = f"the newest {objective.kind} run, {groups[0].name}, was made {_difference(groups[0], subject.group)}"
-    alike = [group for group in groups if not _difference(group, subject.group)]
+        missing = f"the newest {objective.kind} run, {groups[0].name}, was made {differences(groups[0], subject.group)}"
     nearest: Evidence | None = None
-    for group in alike:
-        evidence = _from_group(objective, subject.home, group, group.seeds)
+    for group in groups:
+        if differences(group, subject.group):
+            continue
+        evidence = evidence_of(objective, subject.home, group, group.seeds)
         if evidence.missing is None:
             return evidence
         nearest = nearest or evidence
     return nearest or Evidence(None, missing=missing)
 
 
-_ALIKE: Mapping[str, Callable[[Group], Any]] = {
-    "with another pack": lambda group: pack_of(group).get("fingerprint"),
-    "on other hardware": lambda group: group.facts.get("hardware"),
-    "with another state of the source code": lambda group: group.facts.get("source_hash"),
+def differences(group: Group, other: Group) -> str:
+    """Return in which respects a group was made differently than another, with both values; "" where in none.
+
+    Such groups are never mixed: a figure of one says nothing about the other. What is not known counts as different.
+    """
+    ours, theirs = _identity(group), _identity(other)
+    unlike = [key for key, fact in ours.items() if fact is None or fact != theirs[key]]
+    return " and ".join(_DIFFERENCES[key](group, other) for key in unlike)
+
+
+def _identity(group: Group) -> dict[str, Any]:
+    facts = group.facts
+    pack, hardware = pack_of(group).get("fingerprint"), facts.get("hardware")
+    return {"pack": pack, "hardware": hardware, "source_hash": facts.get("source_hash")}
+
+
+def _other_pack(group: Group, other: Group) -> str:
+    one, two = (f"{pack.get('name')} {_short(pack.get('fingerprint'))}" for pack in map(pack_of, (group, other)))
+    return f"with another pack ({one} instead of {two})"
+
+
+def _other_hardware(group: Group, other: Group) -> str:
+    one, two = (_mapping(of.facts.get("hardware")) for of in (group, other))
+    keys = [key for key in dict.fromkeys((*one, *two)) if one.get(key) != two.get(key)]
+    words = ", ".join(f"{key} {one.get(key)} instead of {two.get(key)}" for key in keys)
+    return f"on other hardware ({words or 'unknown'})"
+
+
+def _other_source(group: Group, other: Group) -> str:
+    one, two = (_short(of.facts.get("source_hash")) for of in (group, other))
+    return f"with another state of the source code ({one} instead of {two})"
+
+
+def _other_config(group: Group, other: Group) -> str:
+    one, two = (_short(of.facts.get("config_hash")) for of in (group, other))
+    return f"with another config ({one} instead of {two})"
+
+
+_DIFFERENCES: Mapping[str, Callable[[Group, Group], str]] = {
+    "pack": _other_pack,
+    "config_hash": _other_config,
+    "source_hash": _other_source,
+    "hardware": _other_hardware,
 }
 
 
-def _difference(group: Group, other: Group) -> str:
-    """Return in which respects two groups were made differently, as words; "" where they may stand together."""
-    return " and ".join(words for words, fact in _ALIKE.items() if fact(group) is None or fact(group) != fact(other))
+def _short(value: Any) -> str:
+    """Return the beginning of a hash, enough to tell two apart."""
+    return "unknown" if value is None else str(value)[:8]

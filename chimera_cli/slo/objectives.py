@@ -1,7 +1,9 @@
 """The law as a file: objectives, conditions, waivers and contingency actions. Figures are checked against the table."""
 
+import difflib
 import math
 import string
+from collections.abc import Iterable, Sequence
 from datetime import date
 from typing import Annotated, Any, Literal
 
@@ -23,7 +25,7 @@ def _finite(value: Any) -> Any:
         try:
             if not math.isfinite(float(value)):
                 raise ValueError("must be a finite number")
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ValueError("must be a finite number") from error
     return value
 
@@ -152,6 +154,15 @@ class Objective(Strict):
     actions: tuple[Action, ...] = ()
 
     @model_validator(mode="after")
+    def _bounds_have_intervals(self) -> "Objective":
+        bounds = [condition.figure for condition in self.all_of if condition.statistic == "bound95"]
+        if bounds and self.seeds_at_least < 2:
+            raise ValueError(
+                f"bound95 of {', '.join(bounds)} needs an interval, and that two seeds: set seeds_at_least to 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _makes_sense(self) -> "Objective":
         if self.split is not None and self.kind != "train":
             raise ValueError("`split` needs kind: train, nothing else is evaluated")
@@ -163,13 +174,42 @@ class Objective(Strict):
         return self
 
 
+# The key of a bound that names no figure, which an objective with one figure needs not.
+_ONLY = "the only figure"
+
+
+def _by_figure(value: Any) -> Any:
+    return value if value is None or isinstance(value, dict) else {_ONLY: value}
+
+
+def _a_date(value: Any) -> Any:
+    """Refuse a number, which pydantic would read as seconds since 1970."""
+    if isinstance(value, bool | int | float):
+        raise ValueError("must be a date such as 2030-01-31")
+    return value
+
+
 class Waiver(Strict):
-    """Somebody answers for a breach until the end of the day `expires` (UTC)."""
+    """Somebody answers for a breach until the end of the day `expires` (UTC).
+
+    With a `bound` it holds only while the judged value is no worse: one number, or figure: number where an objective
+    has several. Figures without a bound then have to meet the law.
+    """
 
     objective: Identifier
     owner: Text
     reason: Text
-    expires: date
+    expires: Annotated[date, BeforeValidator(_a_date)]
+    bound: Annotated[dict[str, Finite] | None, BeforeValidator(_by_figure)] = None
+
+    def bounds(self, objective: Objective) -> dict[str, float] | None:
+        """Return the bound of each figure of an objective that has one; None where the waiver is without bound."""
+        if self.bound is None:
+            return None
+        figures = {condition.figure for condition in objective.all_of}
+        if _ONLY in self.bound:
+            return dict.fromkeys(figures, self.bound[_ONLY])
+        return {figure: value for figure, value in self.bound.items() if figure in figures}
 
 
 class Slos(Strict):
@@ -186,14 +226,47 @@ class Slos(Strict):
         twice = sorted({f"{name} (profile {profile})" for name, profile in held if held.count((name, profile)) > 1})
         if twice:
             raise ValueError(f"an objective is there twice: {', '.join(twice)}")
-        ids = {objective.id for objective in self.objectives}
-        waived = [waiver.objective for waiver in self.waivers]
-        for name in waived:
-            if name not in ids:
-                raise ValueError(f"a waiver names {name}, which is no objective (there are {', '.join(sorted(ids))})")
-            if waived.count(name) > 1:
-                raise ValueError(f"{name} is waived twice")
         return self
+
+    @model_validator(mode="after")
+    def _waivers_make_sense(self) -> "Slos":
+        waived = [waiver.objective for waiver in self.waivers]
+        for waiver in self.waivers:
+            known = [objective for objective in self.objectives if objective.id == waiver.objective]
+            if not known:
+                ids = sorted({objective.id for objective in self.objectives})
+                near = _near(waiver.objective, ids)
+                raise ValueError(f"a waiver names {waiver.objective}, which is no objective {near}")
+            if waived.count(waiver.objective) > 1:
+                raise ValueError(f"{waiver.objective} is waived twice")
+            _check_bound(waiver, known)
+        return self
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"(did you mean {near[0]}?)" if near else f"(there are {', '.join(names)})"
+
+
+def _check_bound(waiver: Waiver, objectives: Iterable[Objective]) -> None:
+    """Raise ValueError for a bound of a figure that is not judged, or one that would excuse nothing."""
+    conditions = [condition for objective in objectives for condition in objective.all_of]
+    figures = sorted({condition.figure for condition in conditions})
+    for figure, bound in (waiver.bound or {}).items():
+        if figure == _ONLY and len(figures) > 1:
+            raise ValueError(
+                f"the bound on {waiver.objective} has to say of which figure: {{{figures[0]}: {bound:g}}} "
+                f"(it judges {', '.join(figures)})"
+            )
+        if figure not in (*figures, _ONLY):
+            raise ValueError(f"the bound on {waiver.objective} names {figure} {_near(figure, figures)}")
+        meant = [one for one in conditions if figure in (one.figure, _ONLY) and one.relative_to is None]
+        for condition in meant:
+            upwards = condition.comparison in (">=", ">")
+            if bound >= condition.limit if upwards else bound <= condition.limit:
+                raise ValueError(
+                    f"the bound {bound:g} on {condition.figure} excuses nothing, its limit is {condition.limit:g}"
+                )
 
 
 def for_profile(slos: Slos, profile: Profile) -> tuple[Objective, ...]:

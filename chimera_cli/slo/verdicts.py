@@ -1,15 +1,17 @@
 """Evidence against law: pass, fail, inconclusive, unmeasured or waived. Pure functions; nothing is read here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Literal
 
+from chimera_cli.figures import FIGURES, format_value
 from chimera_cli.slo.evidence import Evidence
 from chimera_cli.slo.objectives import Condition, Objective, Waiver
 from chimera_cli.statistics import Summary, summarise
 
 Word = Literal["pass", "fail", "inconclusive", "unmeasured", "waived"]
+WaiverState = Literal["in force", "not needed", "beyond its bound", "expired", "no evidence"]
 
 # From the mildest to the worst: one condition that fails breaches the law whatever the others say.
 _ORDER: tuple[Word, ...] = ("pass", "waived", "inconclusive", "unmeasured", "fail")
@@ -22,7 +24,8 @@ _ROUNDING = 1e-9
 class Finding:
     """One condition judged. `value` is what `statistic` makes of the seeds, `limit` what it was held against.
 
-    `margin` is the distance to the limit on the good side (negative: missing). All three are None where unmeasured.
+    `margin` is the distance to the limit on the good side (negative: missing). `interval` is the 95 % t interval of the
+    mean of what is held against the limit; one seed has none. All are None where unmeasured.
     """
 
     condition: Condition
@@ -31,12 +34,16 @@ class Finding:
     value: float | None = None
     limit: float | None = None
     margin: float | None = None
+    interval: tuple[float, float] | None = None
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One objective judged; `reason` says why it is not a pass, or what else a reader must know."""
+    """One objective judged; `reason` says why it is not a pass, or what else a reader must know.
+
+    `waiver_state` says what its waiver does; None without one.
+    """
 
     objective: Objective
     word: Word
@@ -44,6 +51,7 @@ class Verdict:
     evidence: Evidence
     reason: str = ""
     waiver: Waiver | None = None
+    waiver_state: WaiverState | None = None
 
 
 def judge(objective: Objective, evidence: Evidence, waiver: Waiver | None, today: date) -> Verdict:
@@ -65,17 +73,45 @@ def worst_of(words: Sequence[Word]) -> Word:
 
 
 def _waive(verdict: Verdict, waiver: Waiver, today: date) -> Verdict:
-    named = f"{waiver.owner}: {waiver.reason}"
+    """Return the verdict as the waiver leaves it.
+
+    It covers a breach up to its bound, and a doubt, but never missing evidence.
+    """
+    by = f"the waiver by {waiver.owner}: {waiver.reason}"
     expired = today > waiver.expires
     if verdict.word == "pass":
-        reason = f"the waiver by {named} is not needed{' and has expired' if expired else ''}"
-        return Verdict(verdict.objective, "pass", verdict.findings, verdict.evidence, reason, waiver)
+        reason = f"{by} is not needed{' and has expired' if expired else ''}"
+        return replace(verdict, reason=reason, waiver_state="not needed")
     was = f"{verdict.word}{f' ({verdict.reason})' if verdict.reason else ''}"
     if expired:
-        reason = f"{was}; the waiver by {named} expired on {waiver.expires.isoformat()}"
-        return Verdict(verdict.objective, "fail", verdict.findings, verdict.evidence, reason, waiver)
-    reason = f"waived until {waiver.expires.isoformat()} by {named}; it is {was}"
-    return Verdict(verdict.objective, "waived", verdict.findings, verdict.evidence, reason, waiver)
+        reason = f"{was}; {by} expired on {waiver.expires.isoformat()}"
+        return replace(verdict, word="fail", reason=reason, waiver_state="expired")
+    beyond = _beyond(verdict, waiver)
+    if beyond:
+        reason = f"{was}; {by} does not cover {', '.join(beyond)}"
+        return replace(verdict, word="fail", reason=reason, waiver_state="beyond its bound")
+    if "unmeasured" in [finding.word for finding in verdict.findings]:
+        reason = f"{was}; {by} covers a breach, not missing evidence"
+        return replace(verdict, word="unmeasured", reason=reason, waiver_state="no evidence")
+    reason = f"waived until {waiver.expires.isoformat()} by {waiver.owner}: {waiver.reason}; otherwise {was}"
+    return replace(verdict, word="waived", reason=reason, waiver_state="in force")
+
+
+def _beyond(verdict: Verdict, waiver: Waiver) -> list[str]:
+    """Return the figures that are worse than the waiver allows, in words; without a bound it allows all."""
+    bounds = waiver.bounds(verdict.objective)
+    if bounds is None:
+        return []
+    beyond = []
+    for finding in verdict.findings:
+        name = finding.condition.figure
+        if finding.word != "fail" or finding.value is None:
+            continue
+        if name not in bounds:
+            beyond.append(f"{FIGURES[name].label}, for which it has no bound")
+        elif not _met(finding.value, finding.condition.model_copy(update={"limit": bounds[name]})):
+            beyond.append(f"{FIGURES[name].label} beyond {format_value(name, bounds[name])}")
+    return beyond
 
 
 # ---- one condition --------------------------------------------------------------------------------------------------
@@ -105,15 +141,18 @@ def _compare(condition: Condition, values: Sequence[float], bases: Sequence[floa
     pessimistic = over.low if upwards else over.high
     worst = min(over.values) if upwards else max(over.values)
     judged = {"mean": over.mean, "worst": worst, "bound95": pessimistic}[condition.statistic]
-    base, summary = sum(bases) / len(bases), summarise(values)
+    base = sum(bases) / len(bases)
     limit = base + condition.limit
+    interval = None if over.low is None or over.high is None else (base + over.low, base + over.high)
     if judged is None:
-        return Finding(condition, "unmeasured", summary, None, limit, None, "an interval needs at least two seeds")
+        reason = f"the 95 % bound of {condition.figure} needs at least two seeds, there is one"
+        return Finding(condition, "unmeasured", summarise(values), None, limit, None, None, reason)
     word: Word = "pass" if _met(judged, condition) else "fail"
     reason = "" if word == "pass" else f"{condition.figure} misses its limit"
     if word == "pass" and condition.statistic == "mean" and not (pessimistic is None or _met(pessimistic, condition)):
         word, reason = "inconclusive", f"{condition.figure} meets its limit in the mean, its interval straddles it"
-    return Finding(condition, word, summary, base + judged, limit, _margin(judged, condition), reason)
+    margin = _margin(judged, condition)
+    return Finding(condition, word, summarise(values), base + judged, limit, margin, interval, reason)
 
 
 def _known(evidence: Evidence, name: str) -> list[float] | None:

@@ -3,10 +3,26 @@
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+import torch
+from support import REPOSITORY
 
-from chimera_cli.runs import Group, create_group, finish_group, source_hash, write_json
+from chimera_cli.cli.main import app
+from chimera_cli.config import TrainConfig
+from chimera_cli.errors import UsageError
+from chimera_cli.runs import (
+    Group,
+    create_group,
+    finish_group,
+    latest_group,
+    read_sealed_json,
+    source_hash,
+    update_group,
+    write_sealed_json,
+)
+from chimera_cli.services.provenance import group_facts
 
 FACTS: dict[str, Any] = {
     "command": "chimera train full --config configs/train/locked.yaml --seeds 0,1,2",
@@ -21,8 +37,11 @@ def made(home: Path, kind: str, figures: dict[str, float], details: dict[str, An
     group = create_group(home, kind, "", range(seeds), FACTS)
     for seed in range(seeds):
         document = {"schema_version": 1, "status": "finished", "figures": figures, "details": details}
-        write_json(group.seed_dir(seed) / "result.json", document)
+        write_sealed_json(group.seed_dir(seed) / "result.json", document)
     return finish_group(group, "finished")
+
+
+FORMS = ("table", "json", "junit", "markdown", "github")
 
 
 @pytest.fixture
@@ -31,7 +50,7 @@ def judged(tmp_path: Path) -> Path:
     recalls = dict.fromkeys(("i2t_r1", "i2t_r10", "t2i_r1", "t2i_r10", "rsum"), 0.5)
     for seed in range(3):
         path = group.seed_dir(seed) / "evaluations" / "flickr8k-dev.json"
-        write_json(path, {"pack": FACTS["pack"], "split": "dev", "images": 1000, "figures": recalls})
+        write_sealed_json(path, {"pack": FACTS["pack"], "split": "dev", "images": 1000, "figures": recalls})
     made(tmp_path, "sanity", SANE, {"updates": 200, "shuffled": False})
     made(tmp_path, "bench-loader", {"loader_images_per_s": 500.0}, {"seconds": 60.0, "config": None})
     return tmp_path
@@ -58,7 +77,8 @@ def test_plan_prints_a_command_whole_on_one_line(chimera: Any, judged: Path) -> 
     assert done.code == 0
     assert all(line.startswith("# ") for line in lines[:-1])
     assert lines[-1].startswith("chimera train full")
-    assert lines[-1].endswith("--set optimiser.lr_text=5.0e-05")
+    assert lines[-1].endswith("--plan sanity/gentler-towers")
+    assert "# it sets optimiser.lr_text=5.0e-05" in lines
 
 
 def test_toy_objectives_head_every_output(chimera: Any, judged: Path) -> None:
@@ -74,3 +94,77 @@ def test_what_is_not_there_is_a_usage_error(chimera: Any, judged: Path) -> None:
         done = chimera("slo", "check", *arguments, home=judged)
         assert (done.code, done.out) == (2, "")
         assert "Traceback" not in done.err
+
+
+def test_every_format_leaves_with_the_same_code_and_nothing_but_itself_on_stdout(chimera: Any, judged: Path) -> None:
+    made(judged, "sanity", SANE | {"loss_drop": 0.1}, {"updates": 200, "shuffled": False})
+    done = {form: chimera("slo", "check", "--profile", "cpu", "--format", form, home=judged) for form in FORMS}
+    assert {form: one.code for form, one in done.items()} == dict.fromkeys(FORMS, 3)
+    assert {one.err for one in done.values()} == {""}
+    assert done["json"].json()["verdict"] == "fail"
+    assert ElementTree.fromstring(done["junit"].out.encode()).get("failures") == "1"
+    assert done["github"].out.count("::error title=SLO sanity%3A fail::") == 1
+    assert done["markdown"].out.startswith("# SLO check of train-")
+
+
+def test_a_doubt_warns_on_stderr_and_strict_leaves_with_4(chimera: Any, judged: Path) -> None:
+    path = judged / "runs" / latest_group(judged).name / "seed-1" / "evaluations" / "flickr8k-dev.json"
+    document = read_sealed_json(path)
+    write_sealed_json(path, document | {"figures": document["figures"] | {"i2t_r10": 0.2}})
+    done = chimera("slo", "check", "--profile", "cpu", "--format", "markdown", home=judged)
+    assert (done.code, done.err.startswith("warning: viability inconclusive")) == (0, True)
+    assert chimera("slo", "check", "--profile", "cpu", "--strict", home=judged).code == 4
+
+
+def test_explain_is_about_one_objective_and_its_code(chimera: Any, judged: Path) -> None:
+    made(judged, "sanity", SANE | {"loss_drop": 0.1}, {"updates": 200, "shuffled": False})
+    met = chimera("slo", "check", "--profile", "cpu", "--explain", "epoch", home=judged)
+    assert (met.code, "formula: max epoch_10k_pairs_s ≤ 10800" in met.out) == (0, True)
+    missed = chimera("slo", "check", "--profile", "cpu", "--explain", "sanity", "--json", home=judged)
+    assert (missed.code, missed.json()["objective"]["id"]) == (3, "sanity")
+    for arguments in (
+        ("--explain", "absent"),
+        ("--explain", "epoch", "--format", "junit"),
+        ("--json", "--format", "junit"),
+    ):
+        assert chimera("slo", "check", "--profile", "cpu", *arguments, home=judged).code == 2
+
+
+def test_names_from_files_reach_the_terminal_harmless(chimera: Any, judged: Path) -> None:
+    group = latest_group(judged)
+    nasty = "a[red]b[/red]\x1b[31m\x9b2J<b>"
+    update_group(group, pack=FACTS["pack"] | {"name": nasty}, command=f"chimera '{nasty}'")
+    for arguments in (("check",), ("check", "--explain", "sanity"), ("check", "--json"), ("plan",)):
+        done = chimera("slo", *arguments, "--profile", "cpu", home=judged)
+        assert arguments == ("plan",) or "a[red]b[/red]" in done.out
+        assert not set(done.out + done.err) & set("\x1b\x9b")
+
+
+def test_a_step_of_the_plan_changes_the_config_and_the_command_that_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "slo.yaml"
+    path.write_text((REPOSITORY / "configs" / "slo.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    seen: list[tuple[Any, ...]] = []
+
+    def train_full(home: Path, config: TrainConfig, seeds: Any, label: str, command: str, listener: Any) -> Any:
+        seen.append((config, command))
+        return {"group": "x", "seeds": seeds, "over_seeds": {}}
+
+    monkeypatch.setattr("chimera_cli.services.train.train_full", train_full)
+    words = ["train", "full", "--config", str(REPOSITORY / "configs" / "train" / "locked.yaml"), "--set", "batch=32"]
+    words += ["--plan", "more-negatives", "--slo", str(path)]
+    # The command line of the process is what the run records.
+    monkeypatch.setattr("sys.argv", ["chimera", *words])
+    app(words, standalone_mode=False)
+    ((config, command),) = seen
+    assert config.batch == 1000
+    assert command.endswith(f"--set batch=32 --slo {path} --plan viability/more-negatives")
+    facts = group_facts(command, None, config.model_dump(), torch.device("cpu"))
+    step = {"objective": "viability", "action": "more-negatives", "slo": str(path)}
+    assert facts["plan"] == step | {"before": []}
+    assert "plan" not in group_facts("chimera train full", None, {}, torch.device("cpu"))
+    assert capsys.readouterr().err.startswith("plan: viability/more-negatives: Double the batch")
+    for wrong in (["--plan", "more-negative"], ["--slo", str(path)]):
+        with pytest.raises(UsageError):
+            app([*words[:4], *wrong], standalone_mode=False)

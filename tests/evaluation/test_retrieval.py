@@ -12,11 +12,13 @@ from chimera_cli.errors import ChimeraError
 from chimera_cli.evaluation.retrieval import (
     Ranks,
     chance_figures,
+    hits_by_image,
     retrieval_figures,
     retrieval_intervals,
     retrieval_ranks,
+    threads,
 )
-from chimera_cli.figures import RETRIEVAL
+from chimera_cli.figures import RECALLS, RETRIEVAL
 from chimera_cli.statistics import bootstrap_interval
 
 
@@ -79,7 +81,7 @@ def test_constant_embeddings_find_nothing() -> None:
     assert retrieval_figures(ranks)["rsum"] == 0
 
 
-@pytest.mark.parametrize("block_scores", [1, 700, 5_001, 1 << 22])
+@pytest.mark.parametrize("block_scores", [50, 700, 5_001, 1 << 22])
 def test_equal_embeddings_tie_wherever_they_stand_in_a_block(block_scores: int) -> None:
     image, text, _ = _features(101, 101, dim=333, signal=0.5)
     doubled, owner = np.concatenate([text, text[::-1]]), np.concatenate([np.arange(101), np.arange(101)])
@@ -106,6 +108,89 @@ def test_ranks_equal_naive_counting_with_many_ties_and_unequal_captions(
     assert ranks.i2t.tolist() == i2t
     assert ranks.t2i.tolist() == t2i
     assert ranks.captions_per_query().tolist() == [count for count in np.bincount(owner).tolist() if count]
+
+
+def _by_float64(image: NDArray, text: NDArray, owner: NDArray) -> tuple[list[int], list[int]]:
+    """Ranks from the whole matrix in float64, where scores are equal up to 2 * dim * 2^-53 * |x| |y|."""
+    image, text = image.astype(np.float64), text.astype(np.float64)
+    scores = image @ text.T
+    slack = 2 * image.shape[1] * 2.0**-53
+    x, y = np.linalg.norm(image, axis=1), np.linalg.norm(text, axis=1)
+    own = scores[owner, np.arange(len(text))]
+    is_own = owner[None, :] == np.arange(len(image))[:, None]
+    rivals = np.where(is_own, -np.inf, scores)
+    best = np.where(is_own, scores, -np.inf).max(axis=1)
+    i2t = 1 + (rivals >= (best - slack * x * y.max())[:, None]).sum(axis=1)
+    i2t[~is_own.any(axis=1)] = 0
+    t2i = 1 + (rivals >= own - slack * y * x.max()).sum(axis=0)
+    return i2t.tolist(), t2i.tolist()
+
+
+@given(
+    st.integers(1, 40), st.integers(1, 80), st.integers(1, 40), st.integers(0, 2**32 - 1), st.integers(1, 400),
+    st.sampled_from([np.float16, np.float32, np.float64]), st.sampled_from([0.0, 1e-9, 1e-7, 1e-3]),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_scores_that_float32_can_not_tell_apart_are_ranked_as_float64_does(
+    images: int, captions: int, dim: int, seed: int, block_scores: int, dtype: type, apart: float
+) -> None:
+    generator = np.random.default_rng(seed)
+    # Few directions, each many times and ever so slightly moved: most scores are equal or nearly so.
+    places = generator.normal(size=(3, dim))
+    image = (places[generator.integers(0, 3, images)] + apart * generator.normal(size=(images, dim))).astype(dtype)
+    text = (places[generator.integers(0, 3, captions)] + apart * generator.normal(size=(captions, dim))).astype(dtype)
+    owner = generator.integers(0, images, size=captions)
+    ranks = retrieval_ranks(image, text, owner, block_scores)
+    assert (ranks.i2t.tolist(), ranks.t2i.tolist()) == _by_float64(image, text, owner)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scales"), [(np.float32, (1e-30, 1e-20, 1e30)), (np.float64, (1e-160, 1e-30, 1e-12, 1e50, 1e150))]
+)
+def test_no_scale_of_the_features_is_too_large_or_too_small(dtype: type, scales: tuple[float, ...]) -> None:
+    image, text, owner = _features(300, 900, dim=40, signal=0.5)
+    image, text = image.astype(dtype), text.astype(dtype)
+    usual = retrieval_ranks(image, text, owner)
+    for scale in scales:
+        # A power of two changes no digit, so that every rank must stay.
+        power = dtype(2.0 ** round(np.log2(scale)))
+        for moved in (retrieval_ranks(image * power, text, owner), retrieval_ranks(image, text * power, owner)):
+            assert (moved.t2i == usual.t2i).all()
+            assert (moved.i2t == usual.i2t).all()
+
+
+def test_short_captions_beside_long_ones_are_ranked_as_float64_does() -> None:
+    # Lengths from 1e-25 to 1e25: for the shortest the products underflow in float32.
+    image, text, owner = _features(60, 200, dim=24, signal=0.7)
+    text = text.astype(np.float64) * 10.0 ** np.random.default_rng(0).integers(-25, 26, size=(200, 1))
+    ranks = retrieval_ranks(image, text, owner)
+    assert (ranks.i2t.tolist(), ranks.t2i.tolist()) == _by_float64(image, text, owner)
+
+
+def test_more_scores_in_doubt_than_pairs_are_asked_for() -> None:
+    # One direction for all: every score of a whole block is in doubt, and float64 settles them at once.
+    image, text, owner = (
+        np.ones((90, 7), dtype=np.float32),
+        np.full((300, 7), 0.1, dtype=np.float32),
+        np.arange(300) % 90,
+    )
+    image[17] *= np.float32(1 + 2.0**-20)
+    ranks = retrieval_ranks(image, text, owner)
+    assert (ranks.i2t.tolist(), ranks.t2i.tolist()) == _by_float64(image, text, owner)
+    assert ranks.t2i.tolist() == [1 if one == 17 else 90 for one in owner]
+
+
+def test_many_blocks_with_edges_and_threads_equal_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 500 x 4,103: three blocks by three, the last ones no multiple of eight wide or high.
+    image, text, owner = _features(500, 4103, dim=8, signal=0.6)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert threads() == 1
+    alone = retrieval_ranks(image, text, owner)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("chimera_cli.evaluation.retrieval.cpu_cores", lambda: 5)
+    shared = retrieval_ranks(image, text, owner)
+    assert (shared.i2t.tolist(), shared.t2i.tolist()) == (alone.i2t.tolist(), alone.t2i.tolist())
+    assert (alone.i2t.tolist(), alone.t2i.tolist()) == _by_float64(image, text, owner)
 
 
 def test_order_of_images_and_captions_does_not_matter() -> None:
@@ -162,6 +247,16 @@ def test_what_does_not_fit_is_refused() -> None:
         retrieval_ranks(image[:5], text, np.full(12, 5))
     with pytest.raises(ChimeraError, match="no text features"):
         retrieval_ranks(image, text[:0], owner[:0])
+
+
+def test_hits_by_image_add_up_to_the_recalls() -> None:
+    ranks = Ranks(np.array([1, 0, 7]), np.array([3, 12, 1, 5]), np.array([2, 2, 0, 2]))
+    hits, sizes = hits_by_image(ranks)
+    # Image 1 has no caption and is no query; i2t R@1, R@5, R@10, then t2i.
+    assert hits.tolist() == [[1, 0], [1, 0], [1, 1], [1, 0], [1, 2], [1, 2]]
+    assert sizes.tolist() == [[1, 1]] * 3 + [[1, 3]] * 3
+    figures = retrieval_figures(ranks)
+    assert (hits.sum(axis=1) / sizes.sum(axis=1)).tolist() == [figures[name] for name in RECALLS]
 
 
 # ---- intervals ------------------------------------------------------------------------------------------------------

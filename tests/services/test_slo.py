@@ -5,122 +5,43 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from made_runs import (
+    ALIVE,
+    CPU,
+    FLICKR,
+    GPU,
+    LAW,
+    RECALL,
+    SOURCE,
+    TOY,
+    TOY_PACK,
+    TRAINED,
+    add_evaluation,
+    make_group,
+    make_loader,
+    make_run,
+    make_sanity,
+    objective,
+    verdicts,
+)
 
 from chimera_cli.config import SanityConfig, TrainConfig, load_config
-from chimera_cli.errors import ChimeraError, UsageError
-from chimera_cli.runs import (
-    Group,
-    create_group,
-    finish_group,
-    read_json,
-    source_hash,
-    update_group,
-    write_json,
-    write_text,
-)
-from chimera_cli.services.slo import check, default_slo_path, load_slos, plan
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-LAW, TOY = CONFIGS / "slo.yaml", CONFIGS / "slo-toy.yaml"
-
-CPU = {"device": "cpu", "cpu": "a processor", "cores": 2, "gpu": None}
-GPU = {"device": "cuda", "cpu": "a processor", "cores": 8, "gpu": "GeForce GTX 1080"}
-FLICKR = {"name": "flickr8k", "fingerprint": "f" * 64, "source": "flickr8k"}
-TOY_PACK = {"name": "toy", "fingerprint": "t" * 64, "source": "toy"}
-
-TRAINED = {
-    "epoch_10k_pairs_s": 900.0,
-    "epoch_10k_pairs_cached_s": 20.0,
-    "vram_peak_gb": 5.5,
-    "vram_reserved_peak_gb": 6.0,
-}
-ALIVE = {"loss_first": 3.5, "loss_drop": 1.2, "loss_tail_mean": 2.1, "chance_loss": math.log(32), "wall_s": 150.0}
-LOADED = {"loader_images_per_s": 900.0, "gpu_util_mean": 0.93, "wall_s": 61.0}
-RECALL = {"i2t_r1": 0.31, "i2t_r5": 0.6, "i2t_r10": 0.72, "t2i_r1": 0.23, "t2i_r5": 0.52, "t2i_r10": 0.66, "rsum": 3.04}
+from chimera_cli.errors import UsageError
+from chimera_cli.runs import create_group, read_json, update_group, write_json, write_sealed_json, write_text
+from chimera_cli.services.slo import check, default_slo_path, load_slos
+from chimera_cli.services.slo_plan import plan
 
 
-def make_group(
-    home: Path,
-    kind: str,
-    figures: Sequence[Mapping[str, Any]],
-    *,
-    pack: Mapping[str, Any] = FLICKR,
-    hardware: Mapping[str, Any] = CPU,
-    source: str | None = None,
-    details: Mapping[str, Any] | None = None,
-    command: str = "chimera train full --config configs/train/locked.yaml --seeds 0,1,2",
-    config: Mapping[str, Any] | None = None,
-) -> Group:
-    """Write a finished group with one result per entry of `figures`."""
-    facts = {
-        "command": command,
-        "pack": dict(pack),
-        "hardware": dict(hardware),
-        "source_hash": source or source_hash(),
-    }
-    group = create_group(home, kind, "made", range(len(figures)), facts)
-    for seed, values in enumerate(figures):
-        write_text(group.seed_dir(seed) / "config.yaml", yaml.safe_dump(dict(config or TrainConfig().model_dump())))
-        document = {"schema_version": 1, "kind": kind, "seed": seed, "status": "finished"}
-        document |= {"figures": dict(values), "details": dict(details or {})}
-        write_json(group.seed_dir(seed) / "result.json", document)
-    return finish_group(group, "finished")
-
-
-def add_evaluation(group: Group, seed: int, split: str = "dev", images: int = 1000, **changes: Any) -> Path:
-    pack = {key: group.facts["pack"][key] for key in ("name", "fingerprint")}
-    path = group.seed_dir(seed) / "evaluations" / f"{pack['name']}-{split}.json"
-    document = {"schema_version": 1, "pack": pack, "split": split, "seed": seed, "images": images, "figures": RECALL}
-    write_json(path, document | changes)
-    return path
-
-
-def make_sanity(
-    home: Path, pack: Mapping[str, Any] = FLICKR, hardware: Mapping[str, Any] = CPU, **changes: Any
-) -> Group:
-    details = {"updates": 200, "shuffled": False} | changes.pop("details", {})
-    command = "chimera train sanity --seed 0"
-    return make_group(
-        home, "sanity", [ALIVE | changes], pack=pack, hardware=hardware, details=details, command=command,
-        config=SanityConfig().model_dump(),
-    )  # fmt: skip
-
-
-def make_loader(
-    home: Path, pack: Mapping[str, Any] = FLICKR, hardware: Mapping[str, Any] = CPU, **changes: Any
-) -> Group:
-    details = {"seconds": 60.2, "config": "configs/train/locked.yaml"} | changes.pop("details", {})
-    command = "chimera bench loader"
-    figures = LOADED if hardware is GPU else LOADED | {"gpu_util_mean": None}
-    return make_group(
-        home, "bench-loader", [figures | changes], pack=pack, hardware=hardware, details=details, command=command
-    )
-
-
-def make_run(home: Path, hardware: Mapping[str, Any] = CPU, pack: Mapping[str, Any] = FLICKR, **changes: Any) -> Group:
-    """Write a run of three seeds that meets every law, with its evidence."""
-    figures = TRAINED if hardware is GPU else TRAINED | {"vram_peak_gb": None, "vram_reserved_peak_gb": None}
-    group = make_group(home, "train", [figures | changes] * 3, hardware=hardware, pack=pack)
-    for seed in range(3):
-        add_evaluation(group, seed, images=1000 if pack is FLICKR else 300)
-    make_sanity(home, pack, hardware)
-    make_loader(home, pack, hardware)
-    return group
-
-
-def verdicts(result: Mapping[str, Any]) -> dict[str, str]:
-    return {objective["id"]: objective["verdict"] for objective in result["objectives"]}
-
-
-def objective(result: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return next(dict(one) for one in result["objectives"] if one["id"] == name)
+@pytest.fixture(autouse=True)
+def source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs made by hand are of the source code that checks them."""
+    monkeypatch.setattr("chimera_cli.services.slo.source_hash", lambda: SOURCE)
 
 
 # ---- the five laws --------------------------------------------------------------------------------------------------
@@ -185,7 +106,7 @@ def test_each_limit_is_exact(tmp_path: Path, law: str, figure: str, met: float, 
                 add_evaluation(group, seed, figures=RECALL | {figure: value})
             elif law in ("epoch", "vram"):
                 path = group.seed_dir(seed) / "result.json"
-                write_json(path, read_json(path) | {"figures": TRAINED | {figure: value}})
+                write_sealed_json(path, read_json(path) | {"figures": TRAINED | {figure: value}})
         result = check(tmp_path, slo_path=LAW)
         others = {name: word for name, word in verdicts(result).items() if name != law}
         assert verdicts(result)[law] == verdict
@@ -196,7 +117,7 @@ def test_each_limit_is_exact(tmp_path: Path, law: str, figure: str, met: float, 
 def test_the_worst_seed_counts_for_time_and_memory(tmp_path: Path) -> None:
     group = make_run(tmp_path, GPU)
     path = group.seed_dir(1) / "result.json"
-    write_json(path, read_json(path) | {"figures": TRAINED | {"vram_peak_gb": 8.0}})
+    write_sealed_json(path, read_json(path) | {"figures": TRAINED | {"vram_peak_gb": 8.0}})
     found = objective(check(tmp_path, slo_path=LAW), "vram")
     assert (found["verdict"], found["conditions"][0]["value"]) == ("fail", 8.0)
     assert found["measured"] == "6.33 ± 1.44 GiB (n=3), worst 8.00 GiB"
@@ -224,9 +145,12 @@ def test_a_breach_outranks_what_is_unmeasured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("difference", "words"),
     [
-        ({"pack": FLICKR | {"fingerprint": "0" * 64}}, "with another pack"),
-        ({"hardware": CPU | {"cores": 4}}, "on other hardware"),
-        ({"source": "0" * 64}, "with another state of the source code"),
+        (
+            {"pack": FLICKR | {"fingerprint": "0" * 64}},
+            "with another pack (flickr8k 00000000 instead of flickr8k ffffffff)",
+        ),
+        ({"hardware": CPU | {"cores": 4}}, "on other hardware (cores 4 instead of 2)"),
+        ({"source": "0" * 64}, "with another state of the source code (00000000 instead of 55555555)"),
     ],
 )
 def test_evidence_of_another_pack_machine_or_source_does_not_count(
@@ -236,10 +160,10 @@ def test_evidence_of_another_pack_machine_or_source_does_not_count(
     for seed in range(3):
         add_evaluation(group, seed)
     make_loader(tmp_path)
-    make_group(tmp_path, "sanity", [ALIVE], details={"updates": 200, "shuffled": False}, **difference)
+    other = make_group(tmp_path, "sanity", [ALIVE], details={"updates": 200, "shuffled": False}, **difference)
     result = check(tmp_path, slo_path=LAW, profile="cpu")
     assert verdicts(result) == {"loader": "pass", "sanity": "unmeasured", "epoch": "pass", "viability": "pass"}
-    assert words in objective(result, "sanity")["reason"]
+    assert objective(result, "sanity")["reason"] == f"the newest sanity run, {other.name}, was made {words}"
     assert objective(result, "sanity")["measure"] == "chimera train sanity --seed 0 --data flickr8k"
     assert result["exit_code"] == 4
 
@@ -293,7 +217,7 @@ def test_a_null_figure_is_unmeasured_and_never_a_pass(tmp_path: Path) -> None:
 def test_an_evaluation_of_another_checkpoint_or_pack_content_is_stale(tmp_path: Path) -> None:
     group = make_run(tmp_path)
     path = group.seed_dir(0) / "result.json"
-    write_json(path, read_json(path) | {"details": {"best_step": 120}})
+    write_sealed_json(path, read_json(path) | {"details": {"best_step": 120}})
     add_evaluation(group, 0, checkpoint_step=96)
     found = objective(check(tmp_path, slo_path=LAW, profile="cpu"), "viability")
     assert (found["verdict"], "at step 96" in found["reason"]) == ("unmeasured", True)
@@ -309,12 +233,148 @@ def test_seeds_of_different_recipes_are_no_experiment(tmp_path: Path) -> None:
     assert "different configs" in objective(result, "epoch")["reason"]
 
 
-def test_a_cut_result_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "laws"),
+    [
+        ("group.json", {"epoch", "viability"}),
+        ("seed-1/result.json", {"epoch", "viability"}),
+        ("seed-1/evaluations/flickr8k-dev.json", {"viability"}),
+    ],
+)
+def test_a_file_edited_by_hand_is_no_evidence_until_it_is_made_anew(tmp_path: Path, name: str, laws: set[str]) -> None:
     group = make_run(tmp_path)
-    path = group.seed_dir(1) / "result.json"
-    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
-    with pytest.raises(ChimeraError, match=r"seed-1/result\.json is not valid JSON"):
-        check(tmp_path, slo_path=LAW, profile="cpu")
+    path = group.path / name
+    whole = path.read_text(encoding="utf-8")
+    # As an editor would save it: another layout is no edit, another figure is.
+    path.write_text(json.dumps(json.loads(whole), indent=4, sort_keys=True), encoding="utf-8")
+    assert check(tmp_path, group.name, LAW, "cpu")["verdict"] == "pass"
+    for old, new in ((": 1,", ": 0,"), ('"sha256"', '"sha512"')):
+        path.write_text(whole.replace(old, new, 1), encoding="utf-8")
+        result = check(tmp_path, group.name, LAW, "cpu")
+        assert {law for law, verdict in verdicts(result).items() if verdict == "unmeasured"} == laws
+        words = "was edited after it was written (its hash no longer matches)"
+        if "sha512" in new:
+            words = "was written by an older chimera or edited (it has no seal)"
+        for law in laws:
+            assert objective(result, law)["reason"] == f"runs/{group.name}/{name} {words}"
+    measure = f"chimera eval --run {group.name} --split dev" if "dev" in name else group.facts["command"]
+    assert objective(result, "viability")["measure"] == measure
+
+
+def test_a_change_of_an_edited_group_does_not_seal_the_edit(tmp_path: Path) -> None:
+    group = make_run(tmp_path)
+    path = group.path / "group.json"
+    write_json(path, read_json(path) | {"hardware": GPU})
+    update_group(group, label="renamed")
+    found = objective(check(tmp_path, group.name, LAW, "cpu"), "epoch")
+    assert (found["verdict"], "was edited" in found["reason"]) == ("unmeasured", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"schema_version": 1, "figures"', "is not valid JSON"),
+        ('{"schema_version": 99}', "has schema version 99, this chimera reads up to 1"),
+        ("[1, 2]", "holds no JSON object"),
+        ("", "is not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("name", ["seed-1/result.json", "seed-1/evaluations/flickr8k-dev.json"])
+def test_a_file_that_cannot_be_read_is_missing_evidence_that_names_it(
+    tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    group = make_run(tmp_path)
+    (group.path / name).write_text(text, encoding="utf-8")
+    result = check(tmp_path, slo_path=LAW, profile="cpu")
+    reason = objective(result, "viability")["reason"]
+    assert reason.startswith(f"runs/{group.name}/{name} {words}")
+    assert (verdicts(result)["viability"], verdicts(result)["sanity"], result["exit_code"]) == ("unmeasured", "pass", 4)
+
+
+@pytest.mark.parametrize(
+    "facts", [{"figures": [1]}, {"figures": None}, {"details": "x"}, {"made_with": 3}, {"seed": []}]
+)
+def test_a_sealed_file_of_another_shape_crashes_nothing(tmp_path: Path, facts: dict[str, Any]) -> None:
+    group = make_run(tmp_path)
+    for path in (group.seed_dir(0) / "result.json", group.seed_dir(0) / "evaluations" / "flickr8k-dev.json"):
+        write_sealed_json(path, read_json(path) | facts)
+    assert check(tmp_path, slo_path=LAW, profile="cpu")["run"] == group.name
+
+
+def test_a_group_of_another_shape_crashes_nothing(tmp_path: Path) -> None:
+    group = make_run(tmp_path)
+    changes = {"pack": "a pack", "hardware": [2], "plan": {"before": 1}, "command": None, "test_looks": "two"}
+    for name, value in changes.items():
+        update_group(group, **{name: value})
+        assert check(tmp_path, slo_path=LAW, profile="cpu")["run"] == group.name
+        plan(tmp_path, slo_path=LAW, profile="cpu")
+
+
+def test_a_run_in_progress_is_unmeasured_and_to_be_waited_for(tmp_path: Path) -> None:
+    facts = {"pack": FLICKR, "hardware": CPU, "source_hash": SOURCE, "command": "chimera train full --config a.yaml"}
+    group = create_group(tmp_path, "train", "running", [0, 1, 2], facts)
+    found = objective(check(tmp_path, group.name, LAW, "cpu"), "epoch")
+    assert (found["verdict"], found["reason"]) == ("unmeasured", f"{group.name} is not finished but running")
+    assert found["measure"] == f"chimera runs show {group.name}"
+    # Its process has gone without a word.
+    update_group(group, pid=2**22 + 1)
+    again = objective(check(tmp_path, group.name, LAW, "cpu"), "epoch")
+    assert again["measure"] == "chimera train full --config a.yaml --seeds 0,1,2"
+
+
+@pytest.mark.parametrize(
+    ("fact", "words"),
+    [
+        ({"source_hash": "0" * 64}, "with another state of the source code (00000000 instead of 55555555)"),
+        ({"config_hash": "1" * 64}, "with another config (11111111 instead of unknown)"),
+        ({"pack": TOY_PACK}, "with another pack (toy tttttttt instead of flickr8k ffffffff)"),
+        ({"hardware": CPU | {"cores": 8}}, "on other hardware (cores 8 instead of 2)"),
+    ],
+)
+def test_a_result_put_into_another_group_is_noticed(tmp_path: Path, fact: dict[str, Any], words: str) -> None:
+    group = make_run(tmp_path)
+    path = group.seed_dir(2) / "result.json"
+    made = {"pack": FLICKR, "config_hash": None, "source_hash": SOURCE, "hardware": CPU}
+    write_sealed_json(path, read_json(path) | {"made_with": made})
+    assert check(tmp_path, slo_path=LAW, profile="cpu")["verdict"] == "pass"
+    write_sealed_json(path, read_json(path) | {"made_with": made | fact})
+    reason = objective(check(tmp_path, slo_path=LAW, profile="cpu"), "epoch")["reason"]
+    assert reason == f"seed 2 of {group.name} was made {words}: its result is no part of this group"
+
+
+def test_a_result_of_another_seed_and_evaluations_by_different_code_are_not_averaged(tmp_path: Path) -> None:
+    group = make_run(tmp_path)
+    for seed, source in enumerate(("a" * 64, "a" * 64, "b" * 64)):
+        add_evaluation(group, seed, source_hash=source)
+    reason = objective(check(tmp_path, slo_path=LAW, profile="cpu"), "viability")["reason"]
+    assert reason == f"seeds 0 and 2 of {group.name} were evaluated by different source code (aaaaaaaa and bbbbbbbb)"
+    shutil.copy(group.seed_dir(0) / "result.json", group.seed_dir(1) / "result.json")
+    reason = objective(check(tmp_path, slo_path=LAW, profile="cpu"), "epoch")["reason"]
+    assert reason == f"the result of seed 1 of {group.name} is that of seed 0"
+
+
+def test_each_figure_names_its_run_and_files(tmp_path: Path) -> None:
+    group = make_run(tmp_path)
+    add_evaluation(group, 1, figures=RECALL | {"i2t_r10": 0.75})
+    condition = objective(check(tmp_path, slo_path=LAW, profile="cpu"), "viability")["conditions"][0]
+    assert condition["sources"] == [
+        {"seed": seed, "run": group.name, "value": value,
+         "file": f"runs/{group.name}/seed-{seed}/evaluations/flickr8k-dev.json"}
+        for seed, value in enumerate((0.72, 0.75, 0.72))
+    ]  # fmt: skip
+    # 0.73 -+ 4.3027 * 0.017321 / sqrt(3)
+    assert condition["interval"] == pytest.approx([0.68697, 0.77303], abs=1e-5)
+    assert (condition["measured"], condition["interval_words"]) == ("73.0 ± 1.7 % (n=3)", "68.7 to 77.3 %")
+
+
+def test_the_command_names_the_run_that_was_checked(tmp_path: Path) -> None:
+    old = make_run(tmp_path)
+    make_run(tmp_path)
+    result = check(tmp_path, f"{old.name}/seed-1", LAW, "cpu")
+    assert result["command"] == f"chimera slo check --run {old.name}/seed-1 --slo configs/slo.yaml --profile cpu"
+    elsewhere = tmp_path / "configs" / "slo.yaml"
+    write_text(elsewhere, LAW.read_text(encoding="utf-8"))
+    assert check(tmp_path, old.name, elsewhere)["command"] == f"chimera slo check --run {old.name} --slo {elsewhere}"
 
 
 def test_only_train_runs_are_judged(tmp_path: Path) -> None:
@@ -327,12 +387,41 @@ def test_only_train_runs_are_judged(tmp_path: Path) -> None:
         check(tmp_path, slo_path=LAW, profile="tpu")
 
 
+@pytest.mark.parametrize(
+    ("waiver", "message"),
+    [
+        ({"objective": "epoc"}, "a waiver names epoc, which is no objective (did you mean epoch?)"),
+        ({"owner": " "}, "owner: must not be empty"),
+        ({"reason": None}, "reason"),
+        ({"owner": ...}, "waivers.0.owner: field required"),
+        ({"expires": 20300131}, "must be a date such as 2030-01-31"),
+        ({"expires": "soon"}, "expires"),
+        ({"until": "2030-01-31"}, "until is an unknown key"),
+        ({"bound": float("nan")}, "must be a finite number"),
+        ({"bound": 9000}, "the bound 9000 on epoch_10k_pairs_s excuses nothing, its limit is 10800"),
+        ({"bound": {"wall_s": 20000}}, "the bound on epoch names wall_s (there are epoch_10k_pairs_s)"),
+        ({"objective": "viability", "bound": 0.2}, "has to say of which figure: {i2t_r1: 0.2}"),
+        ({"objective": "viability", "bound": {"i2t_r1O": 0.2}}, "names i2t_r1O (did you mean i2t_r1?)"),
+        ({"objective": "viability", "bound": {"i2t_r10": 0.3}}, "excuses nothing, its limit is 0.25"),
+    ],
+)
+def test_a_waiver_that_says_nothing_is_refused(tmp_path: Path, waiver: dict[str, Any], message: str) -> None:
+    whole = {"objective": "epoch", "owner": "an owner", "reason": "slow disk", "expires": date(2030, 1, 31)} | waiver
+    path = tmp_path / "waived.yaml"
+    document = yaml.safe_load(LAW.read_text(encoding="utf-8"))
+    given = {key: value for key, value in whole.items() if value is not ...}
+    path.write_text(yaml.safe_dump(document | {"waivers": [given]}), encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        load_slos(path)
+    assert message in caught.value.message
+
+
 # ---- waivers, toy, ladder -------------------------------------------------------------------------------------------
 
 
-def waived(tmp_path: Path, expires: str) -> Path:
+def waived(tmp_path: Path, expires: str, **more: Any) -> Path:
     document = yaml.safe_load(LAW.read_text(encoding="utf-8"))
-    waiver = {"objective": "epoch", "owner": "an owner", "reason": "slow disk", "expires": expires}
+    waiver = {"objective": "epoch", "owner": "an owner", "reason": "slow disk", "expires": expires} | more
     path = tmp_path / "waived.yaml"
     path.write_text(yaml.safe_dump(document | {"waivers": [waiver]}), encoding="utf-8")
     return path
@@ -346,6 +435,23 @@ def test_a_waiver_holds_until_its_last_day_and_then_breaches(tmp_path: Path) -> 
     assert "an owner: slow disk" in objective(held, "epoch")["reason"]
     expired = check(tmp_path, slo_path=path, profile="cpu", today=date(2030, 2, 1))
     assert (verdicts(expired)["epoch"], expired["exit_code"]) == ("fail", 3)
+
+
+def test_a_waiver_holds_down_to_its_bound_and_is_listed_in_every_state(tmp_path: Path) -> None:
+    group = make_run(tmp_path, epoch_10k_pairs_s=20000.0)
+    today = date(2030, 1, 1)
+    for bound, state, code in ((20000, "in force", 0), (19999, "beyond its bound", 3)):
+        path = waived(tmp_path, "2030-01-31", bound=bound)
+        result = check(tmp_path, slo_path=path, profile="cpu", today=today)
+        assert [one["state"] for one in result["waivers"]] == [state]
+        assert (result["exit_code"], result["waivers"][0]["bound"]) == (code, {"epoch_10k_pairs_s": bound})
+        assert objective(result, "epoch")["waiver"] == result["waivers"][0]
+    other = check(tmp_path, slo_path=waived(tmp_path, "2030-01-31", objective="vram"), profile="cpu", today=today)
+    assert other["waivers"][0]["state"] == "not judged under this profile"
+    (group.seed_dir(1) / "result.json").unlink()
+    gap = check(tmp_path, slo_path=waived(tmp_path, "2030-01-31"), profile="cpu", today=today)
+    assert (verdicts(gap)["epoch"], gap["waivers"][0]["state"], gap["exit_code"]) == ("unmeasured", "no evidence", 4)
+    assert objective(gap, "epoch")["reason"].endswith("covers a breach, not missing evidence")
 
 
 def test_the_toy_file_is_headed_not_the_law_everywhere(tmp_path: Path) -> None:
@@ -368,56 +474,6 @@ def test_the_ladder_stands_only_beside_test_figures_of_flickr8k(tmp_path: Path) 
     assert ladder["gaps"]["i2t_r5"] == pytest.approx(0.012)
     add_evaluation(group, 1, "test", images=500)
     assert check(tmp_path, slo_path=LAW, profile="cpu")["ladder"] is None
-
-
-# ---- plan -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_plan_goes_through_the_contingency_table_step_by_step(tmp_path: Path) -> None:
-    changed: dict[str, Any] = TrainConfig().model_dump()
-    changed["image"]["locked"] = False
-    changed["text"]["learn_layers"] = None
-    command = "chimera train full --config configs/train/joint.yaml --seeds 0,1,2 --set epochs=3"
-    make_group(tmp_path, "train", [TRAINED | {"epoch_10k_pairs_s": 2e4}] * 3, config=changed, command=command)
-    first = plan(tmp_path, slo_path=LAW, profile="cpu")
-    assert (first["objective"], first["action"]) == ("epoch", "lock-image-tower")
-    assert first["command"] == f"{command} --set image.locked=true"
-    assert first["remaining"] == ["lock-text-tower", "smaller-images"]
-    changed["image"]["locked"] = True
-    make_group(tmp_path, "train", [TRAINED | {"epoch_10k_pairs_s": 2e4}] * 3, config=changed, command=first["command"])
-    second = plan(tmp_path, slo_path=LAW, profile="cpu")
-    assert second["command"] == f"{command} --set image.locked=true --set text.learn_layers=0"
-    changed["text"]["learn_layers"] = 0
-    changed["image"]["image_size"] = 160
-    make_group(tmp_path, "train", [TRAINED | {"epoch_10k_pairs_s": 2e4}] * 3, config=changed, command=second["command"])
-    assert plan(tmp_path, slo_path=LAW, profile="cpu")["step"] == "exhausted"
-
-
-def test_the_plan_measures_gaps_widens_doubts_and_is_content(tmp_path: Path) -> None:
-    group = make_run(tmp_path)
-    assert plan(tmp_path, slo_path=LAW, profile="cpu")["step"] == "none"
-    for seed, value in enumerate((0.20, 0.25, 0.31)):
-        add_evaluation(group, seed, figures=RECALL | {"i2t_r10": value})
-    doubt = plan(tmp_path, slo_path=LAW, profile="cpu")
-    assert doubt["command"] == "chimera train full --config configs/train/locked.yaml --seeds 0,1,2,3,4"
-    add_evaluation(group, 2).unlink()
-    gap = plan(tmp_path, slo_path=LAW, profile="cpu")
-    assert (gap["step"], gap["command"]) == ("measure", f"chimera eval --run {group.name} --split dev")
-    for path in tmp_path.glob("runs/bench-loader-*"):
-        shutil.rmtree(path)
-    loader = plan(tmp_path, slo_path=LAW, profile="cpu")
-    assert loader["command"] == "chimera bench loader --data flickr8k --device cpu"
-
-
-def test_a_command_that_was_run_is_not_proposed_again(tmp_path: Path) -> None:
-    make_run(tmp_path)
-    make_loader(tmp_path, loader_images_per_s=200.0)
-    first = plan(tmp_path, slo_path=LAW, profile="cpu")["command"]
-    assert first == "chimera bench loader --data flickr8k --device cpu --batch 128"
-    make_group(
-        tmp_path, "bench-loader", [LOADED | {"loader_images_per_s": 250.0}], command=first, details={"seconds": 60}
-    )
-    assert plan(tmp_path, slo_path=LAW, profile="cpu")["action"] == "smaller-pack"
 
 
 # ---- the files ------------------------------------------------------------------------------------------------------
@@ -455,8 +511,12 @@ def test_the_law_has_its_five_ids_and_a_contingency_for_each() -> None:
         ("{text.learn_layers: 0}", "{text.learn_layer: 0}", "learn_layer is an unknown key"),
         ("--device {device}", "--device {gadget}", "{gadget} is no placeholder"),
         ("schema_version: 1", "schema_version: 2", "schema_version"),
-        ("law: true", "law: true\nwaivers: [{objective: speed, owner: a, reason: b, expires: 2030-01-01}]", "speed"),
-        ("law: true", "law: true\nwaivers: [{objective: vram, owner: ' ', reason: b, expires: 2030-01-01}]", "owner"),
+        ("limit: 0.85", "limit: 1" + "0" * 400, "must be a finite number"),
+        ("limit: 0.85", "limit: 0.85, statistic: bound95", "bound95 of gpu_util_mean needs an interval"),
+        ("limit: 0.85", "limit: 0.85, statistic: median", "statistic"),
+        ("seeds_at_least: 3", "seeds_at_least: -3", "seeds_at_least"),
+        ("do: Read larger batches.", "do: Read larger batches.\n        undo: no", "undo is an unknown key"),
+        ("do: Read larger batches.", "do: Read larger batches.\n        set: {batch: 1}", "either `set` or `command`"),
     ],
 )
 def test_a_broken_law_is_refused_by_key(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -499,10 +559,16 @@ def test_checking_imports_nothing_heavy(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 import chimera_cli.cli.slo
-from chimera_cli.services.slo import check, plan
-for judge in (check, plan):
-    judge(Path({str(tmp_path)!r}), slo_path=Path({str(LAW)!r}))
-heavy = {{"torch", "timm", "transformers", "mlflow", "pandas", "scipy", "pyarrow", "matplotlib"}}
+from chimera_cli.services.slo import check
+from chimera_cli.services.slo_explain import explain_objective
+from chimera_cli.services.slo_formats import FORMATS
+from chimera_cli.services.slo_plan import plan
+home, law = Path({str(tmp_path)!r}), Path({str(LAW)!r})
+plan(home, slo_path=law)
+explain_objective(home, "viability", slo_path=law)
+for form in FORMATS.values():
+    form(check(home, slo_path=law))
+heavy = {{"torch", "timm", "transformers", "mlflow", "pandas", "scipy", "pyarrow", "matplotlib", "numpy"}}
 print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

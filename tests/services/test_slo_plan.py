@@ -1,0 +1,178 @@
+"""The contingency plan: which step is next, what counts as tried, applying a step, and NO-GO when all are spent."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from made_runs import (
+    CPU,
+    FLICKR,
+    LAW,
+    LOADED,
+    RECALL,
+    TOY,
+    TRAINED,
+    add_evaluation,
+    make_group,
+    make_loader,
+    make_run,
+)
+
+from chimera_cli.config import TrainConfig, load_config
+from chimera_cli.errors import UsageError
+from chimera_cli.runs import Group, update_group
+from chimera_cli.services.provenance import plan_facts
+from chimera_cli.services.slo_plan import find_steps, plan, settings_of
+from chimera_cli.slo.contingency import setting
+
+SLOW = [TRAINED | {"epoch_10k_pairs_s": 2e4}] * 3
+COMMAND = "chimera train full --config configs/train/joint.yaml --seeds 0,1,2 --set image.locked=false"
+
+
+def joint(**changes: Any) -> dict[str, Any]:
+    """A config of which no step of the epoch's plan holds."""
+    values = TrainConfig(image={"locked": False}, text={"learn_layers": None}).model_dump()
+    return values | changes
+
+
+def take(home: Path, step: dict[str, Any], seconds: float = 2e4, **changes: Any) -> Group:
+    """Make the run that the command of a step would leave."""
+    command = str(step["command"])
+    group = make_group(home, "train", [TRAINED | {"epoch_10k_pairs_s": seconds}] * 3, command=command, **changes)
+    return update_group(group, plan=plan_facts(command))
+
+
+def test_the_plan_goes_through_the_contingency_table_step_by_step(tmp_path: Path) -> None:
+    make_group(tmp_path, "train", SLOW, config=joint(), command=COMMAND)
+    first = plan(tmp_path, slo_path=LAW, profile="cpu")
+    assert (first["objective"], first["action"], first["sets"]) == ("epoch", "lock-image-tower", {"image.locked": True})
+    assert first["command"] == f"{COMMAND} --plan epoch/lock-image-tower"
+    assert (first["remaining"], first["tried"]) == (["lock-text-tower", "smaller-images"], [])
+    # Recorded is enough: the config of this run does not hold the setting.
+    taken = take(tmp_path, first, config=joint())
+    second = plan(tmp_path, slo_path=LAW, profile="cpu")
+    assert second["command"] == f"{COMMAND} --plan epoch/lock-image-tower --plan epoch/lock-text-tower"
+    how = f"--plan epoch/lock-image-tower in {taken.name}"
+    assert second["tried"] == [{"action": "lock-image-tower", "run": taken.name, "how": how}]
+    best = take(tmp_path, second, 11_000, config=joint())
+    third = plan(tmp_path, slo_path=LAW, profile="cpu")
+    assert [one["run"] for one in third["tried"]] == [taken.name, best.name]
+    assert (third["action"], third["remaining"]) == ("smaller-images", [])
+    take(tmp_path, third, 12_000, config=joint())
+    spent = plan(tmp_path, slo_path=LAW, profile="cpu")
+    assert (spent["step"], spent["command"], spent["exhausted"]) == ("exhausted", None, ["epoch"])
+    assert spent["do"] == (
+        "NO-GO: epoch is missed and all 3 steps of its contingency plan are taken. "
+        f"The best of 4 runs, {best.name}, has 10,000 pairs from cold 3 h 03 min, ≤ 3 h 00 min is demanded "
+        "(3 min 20 s away). Change the recipe or the law's owner waives the breach."
+    )
+
+
+def test_settings_that_hold_already_are_no_step(tmp_path: Path) -> None:
+    group = make_group(tmp_path, "train", SLOW, command=COMMAND)
+    found = plan(tmp_path, slo_path=LAW, profile="cpu")
+    assert found["action"] == "smaller-images"
+    assert [one["how"] for one in found["tried"]] == [f"the config of {group.name} has it"] * 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pack": FLICKR | {"fingerprint": "0" * 64}},
+        {"hardware": CPU | {"cores": 8}},
+        {"status": "failed"},
+        {"command": "chimera train full --config configs/train/other.yaml --plan epoch/lock-image-tower"},
+    ],
+)
+def test_what_another_recipe_pack_or_machine_tried_does_not_count(tmp_path: Path, changes: dict[str, Any]) -> None:
+    judged = make_group(tmp_path, "train", SLOW, config=joint(), command=COMMAND)
+    first = plan(tmp_path, judged.name, LAW, "cpu")
+    other = take(tmp_path, first, config=joint())
+    assert plan(tmp_path, judged.name, LAW, "cpu")["action"] == "lock-text-tower"
+    update_group(other, **changes)
+    assert plan(tmp_path, judged.name, LAW, "cpu")["action"] == "lock-image-tower"
+
+
+def test_another_file_of_objectives_is_named_in_the_command(tmp_path: Path) -> None:
+    make_group(tmp_path, "train", SLOW, config=joint(), command=COMMAND, pack=FLICKR | {"source": "toy"})
+    found = plan(tmp_path, slo_path=TOY, profile="cpu")
+    assert found["command"] == f"{COMMAND} --plan epoch/lock-image-tower --slo configs/slo-toy.yaml"
+    assert plan_facts(f"{found['command']} --plan=epoch/more") == {
+        "objective": "epoch", "action": "more", "slo": "configs/slo-toy.yaml", "before": ["epoch/lock-image-tower"],
+    }  # fmt: skip
+    assert plan_facts(COMMAND) is None
+
+
+def test_the_plan_measures_gaps_widens_doubts_and_is_content(tmp_path: Path) -> None:
+    group = make_run(tmp_path)
+    assert plan(tmp_path, slo_path=LAW, profile="cpu")["step"] == "none"
+    for seed, value in enumerate((0.20, 0.25, 0.31)):
+        add_evaluation(group, seed, figures=RECALL | {"i2t_r10": value})
+    doubt = plan(tmp_path, slo_path=LAW, profile="cpu")
+    assert doubt["command"] == "chimera train full --config configs/train/locked.yaml --seeds 0,1,2,3,4"
+    add_evaluation(group, 2).unlink()
+    gap = plan(tmp_path, slo_path=LAW, profile="cpu")
+    assert (gap["step"], gap["command"]) == ("measure", f"chimera eval --run {group.name} --split dev")
+    for path in tmp_path.glob("runs/bench-loader-*"):
+        shutil.rmtree(path)
+    loader = plan(tmp_path, slo_path=LAW, profile="cpu")
+    assert loader["command"] == "chimera bench loader --data flickr8k --device cpu"
+
+
+def test_a_command_that_was_run_is_not_proposed_again_nor_a_pack_that_is_there(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    for path in tmp_path.glob("runs/bench-loader-*"):
+        shutil.rmtree(path)
+    make_loader(tmp_path, loader_images_per_s=200.0)
+    first = plan(tmp_path, slo_path=LAW, profile="cpu")["command"]
+    assert first == "chimera bench loader --data flickr8k --device cpu --batch 128"
+    typed = "chimera bench loader --batch=128 --device cpu --data flickr8k --json"
+    slow = [LOADED | {"loader_images_per_s": 250.0}]
+    run = make_group(tmp_path, "bench-loader", slow, command=typed, details={"seconds": 60})
+    assert plan(tmp_path, slo_path=LAW, profile="cpu")["action"] == "smaller-pack"
+    (tmp_path / "data" / "flickr8k-160").mkdir(parents=True)
+    (tmp_path / "data" / "flickr8k-160" / "manifest.json").write_text("{}", encoding="utf-8")
+    spent = plan(tmp_path, slo_path=LAW, profile="cpu")
+    assert [one["how"] for one in spent["tried"]] == [f"it was run as {run.name}", "the pack flickr8k-160 is there"]
+    assert (spent["step"], "loader throughput 250.0 images/s" in spent["do"]) == ("exhausted", True)
+
+
+# ---- applying -------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_sets_what_the_law_says(tmp_path: Path) -> None:
+    steps = find_steps(LAW, ["regularise", "viability/more-negatives"], "train")
+    assert [step.name for step in steps] == ["viability/regularise", "viability/more-negatives"]
+    changes = [setting(key, value) for key, value in settings_of(steps).items()]
+    config = load_config(TrainConfig, None, ["batch=7", *changes])
+    assert (config.heads.dropout, config.optimiser.weight_decay, config.batch) == (0.3, 0.1, 1000)
+    assert find_steps(None, [], "train") == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message", "hint"),
+    [
+        ("regularize", "train", "--plan 'regularize' is no step", "did you mean"),
+        ("qqq", "train", "--plan 'qqq' is no step", "the steps are"),
+        ("lock-image-tower", "train", "epoch/lock-image-tower or vram/lock-image-tower", "give the full name"),
+        ("loader/bigger-batch", "train", "loader/bigger-batch changes no config", "it is: chimera bench loader"),
+        ("softer-loss", "train", "sanity/softer-loss is about a sanity run", ""),
+        ("viability/regularise", "sanity", "viability/regularise is about a train run", ""),
+    ],
+)
+def test_a_step_that_cannot_be_meant_is_refused(name: str, kind: Any, message: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        find_steps(LAW, [name], kind)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_of_two_steps_that_set_one_key_the_later_holds(tmp_path: Path) -> None:
+    path = tmp_path / "slo.yaml"
+    document = yaml.safe_load(LAW.read_text(encoding="utf-8"))
+    document["objectives"][3]["actions"].append({"id": "unlock", "do": "Unlock.", "set": {"image.locked": False}})
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    steps = find_steps(path, ["epoch/lock-image-tower", "unlock"], "train")
+    assert settings_of(steps) == {"image.locked": False}
