@@ -24,11 +24,24 @@ def new_app(help: str) -> typer.Typer:
 def emit(result: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str, Any]], RenderableType]) -> None:
     """Print a result on stdout: one JSON object, or what `render` makes of it."""
     if as_json:
-        typer.echo(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+        write(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     else:
         # In a pipe there is no width to keep to; 80 columns would break tables that a file has room for.
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
-        Console(width=width).print(render(result))
+        console = Console(width=width)
+        with console.capture() as capture:
+            console.print(render(result))
+        write(capture.get())
+
+
+def write(text: str) -> None:
+    """Write to stdout as it is. A reader who has gone (`| head`) is no error and changes no exit code."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered goes nowhere, instead of failing once more when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -8,8 +8,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_CONTROLS_IN_CODE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What steers a terminal (C0, C1), turns the order of letters round, or can't be written as UTF-8 or XML at all.
+_NEVER = r"\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff"
+_CONTROLS = re.compile(rf"[\x00-\x1f{_NEVER}]")
+_CONTROLS_IN_CODE = re.compile(rf"[\x00-\x08\x0b-\x1f{_NEVER}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +84,12 @@ def spans(text: Text) -> tuple[Span, ...]:
 
 
 def clean(text: str) -> str:
-    """Return `text` on one line: control characters, which can steer a terminal, become spaces."""
+    """Return `text` on one line: control characters and what no file can hold become spaces."""
     return _CONTROLS.sub(" ", text)
 
 
 def clean_code(text: str) -> str:
-    """Return `text` with its line breaks and tabs, other control characters as spaces."""
+    """Return `text` with its line breaks and tabs, all else that `clean` takes out as spaces."""
     return _CONTROLS_IN_CODE.sub(" ", text.replace("\r\n", "\n"))
 
 

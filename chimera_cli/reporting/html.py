@@ -19,9 +19,11 @@ from chimera_cli.reporting.document import (
 )
 from chimera_cli.reporting.facts import Facts
 from chimera_cli.reporting.plots import Plot
-from chimera_cli.reporting.sections import DASH, Verdicts, spread
+from chimera_cli.reporting.verdicts import WORDS, Verdicts, tally
+from chimera_cli.reporting.words import DASH, spread, without_n
 
-_VERDICTS = ("pass", "fail", "inconclusive", "unmeasured", "waived")
+_TILE = 9  # characters; three of them and their gaps fit on a phone
+_TIED = re.compile(r"(?<=\d) (?=(?:%|GiB|ms|s|h|min|px|×)(?!\w))|(?<=[≥≤]) (?=[-\d])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,11 @@ class Headline:
     state: str = ""
 
 
-def render(document: Document, plots: Sequence[Plot], headlines: Sequence[Headline]) -> str:
-    """Return the page. All text is escaped by the template; the plots are this program's own SVG."""
+def render(document: Document, plots: Sequence[Plot], headlines: Sequence[Headline], run: str = "") -> str:
+    """Return the page, titled with the name of the `run`.
+
+    All text is escaped by the template; the plots are this program's own SVG.
+    """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -43,6 +48,7 @@ def render(document: Document, plots: Sequence[Plot], headlines: Sequence[Headli
     kinds = {"paragraph": Paragraph, "table": Table, "code": Code, "mono": Mono, "strong": Strong}
     return template.render(
         document=document,
+        title=f"{document.title}: {run}" if run else document.title,
         plots={section.key: [plot for plot in plots if plot.section == section.key] for section in document.sections},
         headlines=headlines,
         spans=spans,
@@ -50,35 +56,59 @@ def render(document: Document, plots: Sequence[Plot], headlines: Sequence[Headli
         clean_code=clean_code,
         drawn=Markup,
         verdict=_verdict,
+        plain=_plain,
+        tied=_tied,
+        shape=_shape,
+        row_class=_row_class,
         kind=lambda value: next((name for name, kind in kinds.items() if isinstance(value, kind)), "text"),
     )
 
 
 def headlines(facts: Facts, verdicts: Verdicts) -> list[Headline]:
     """Return what a reader wants to see first: verdicts, then recall on the most telling split, then time."""
-    counts = [(name, sum(row.verdict == name for row in verdicts.rows)) for name in _VERDICTS]
-    told = ", ".join(f"{count} {name}" for name, count in counts if count)
-    worst = next((name for name in ("fail", "unmeasured", "inconclusive", "waived", "pass") if dict(counts)[name]), "")
-    found = [Headline("objectives" if verdicts.law else "objectives, not the law", told or DASH, worst)]
+    counts = tally(verdicts)
+    told = ", ".join(f"{len(names)} {word}" for word, names in counts.items())
+    gravest = next(iter(counts), "")
+    found = [Headline("objectives" if verdicts.law else "objectives, not the law", told or DASH, gravest)]
     if facts.evaluations:
         evaluation = facts.evaluations[-1]
         for name, label in (("i2t_r10", "image → text R@10"), ("t2i_r10", "text → image R@10"), ("rsum", "rsum")):
             text = spread(name, evaluation.figures.get(name))
-            found.append(Headline(f"{label}, {evaluation.split}", _without_n(text)))
+            found.append(Headline(f"{label}, {evaluation.split}", without_n(text)))
     found.append(
         Headline(
-            "10,000 pairs from cold", _without_n(spread("epoch_10k_pairs_s", facts.figures.get("epoch_10k_pairs_s")))
+            "10,000 pairs from cold", without_n(spread("epoch_10k_pairs_s", facts.figures.get("epoch_10k_pairs_s")))
         )
     )
     return found
-
-
-def _without_n(text: str) -> str:
-    return re.sub(r" \(n=\d+\)$", "", text)
 
 
 def _verdict(text: Text) -> str:
     """Return the verdict a table cell consists of, or nothing: such cells are coloured."""
     only = spans(text)[0] if len(spans(text)) == 1 else ""
     word = only if isinstance(only, str) else only.text
-    return word if word in _VERDICTS else ""
+    return word if word in WORDS else ""
+
+
+def _plain(text: Text) -> str:
+    return "".join(span if isinstance(span, str) else span.text for span in spans(text))
+
+
+def _tied(text: str) -> str:
+    """Return text whose numbers stay on one line with their unit and their sign."""
+    return _TIED.sub("\N{NO-BREAK SPACE}", text)
+
+
+def _shape(block: Table) -> str:
+    """Return what becomes of a table on a phone: `pairs` stay a table, short figures (`tiles`) stand three in a row."""
+    if len(block.columns) == 2:
+        return "pairs"
+    figures = [row[index] for row in (block.columns, *block.rows) for index in block.right]
+    return "rows tiles" if figures and max(len(_plain(text)) for text in figures) <= _TILE else "rows"
+
+
+def _row_class(row: Sequence[Text]) -> str:
+    """Return `more` for a row that continues the one above, `bare` for one that has a name and nothing else."""
+    if not _plain(row[0]):
+        return "more"
+    return "bare" if all(_plain(cell) == DASH for cell in row[1:]) else ""

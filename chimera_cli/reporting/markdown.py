@@ -31,6 +31,15 @@ def render(document: Document) -> str:
     parts = [f"# {escape(document.title)}", *map(_block, document.lead)]
     for section in document.sections:
         parts += _section(section)
+    return _joined(parts)
+
+
+def render_blocks(blocks: Iterable[Block]) -> str:
+    """Return blocks alone as Markdown, without any heading, ending in one line break."""
+    return _joined(map(_block, blocks))
+
+
+def _joined(parts: Iterable[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -1,50 +1,72 @@
-"""`chimera report`: result files in, Markdown and one HTML page out."""
+"""`chimera report`: result files in; Markdown, one HTML page, or a block in a README out."""
 
+import contextlib
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chimera_cli import runs
-from chimera_cli.errors import UsageError
+from chimera_cli.errors import ChimeraError, UsageError
 
 if TYPE_CHECKING:
+    from chimera_cli.reporting.document import Document
     from chimera_cli.reporting.facts import Evidence, Facts
-    from chimera_cli.reporting.sections import Verdicts
+    from chimera_cli.reporting.verdicts import Verdicts
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The report as Markdown and as JSON-ready `facts`; `html` is the page that was written, if one was asked for."""
+    """The report as Markdown and as JSON-ready `facts`.
+
+    `html` is the page that was written and `updated` the file whose block is fresh, if they were asked for; `changed`
+    says whether that file had to be written.
+    """
 
     markdown: str
     facts: dict[str, Any]
-    html: Path | None
+    html: Path | None = None
+    updated: Path | None = None
+    changed: bool = False
 
 
 def report(
-    home: Path, run: str = "latest", *, profile: str | None = None, slo: Path | None = None, html: Path | None = None
+    home: Path,
+    run: str = "latest",
+    *,
+    profile: str | None = None,
+    slo: Path | None = None,
+    html: Path | None = None,
+    update: Path | None = None,
 ) -> Report:
-    """Return the report of a training run and write it with plots to `html` where one is given.
+    """Return the report of a training run, write it with plots to `html` and in short between the markers of `update`.
 
     `profile` None: cpu for a run that was made without a GPU, else gpu; the report says which. Raises UsageError where
-    `run` names nothing or no training run, ChimeraError for broken result files or a page that can't be written.
+    `run` names nothing or no training run, `update` lacks its markers or `html` is a folder, ChimeraError for broken
+    result files or a page that can't be written.
     """
     from chimera_cli.reporting import markdown, sections
     from chimera_cli.reporting.facts import collect
+    from chimera_cli.reporting.verdicts import verdicts_of
 
-    group, seed = runs.resolve_run(home, run)
+    if html is not None and html.is_dir():
+        raise UsageError(f"{html} is a folder", f"name a file, such as {html / 'report.html'}")
+    groups = runs.list_groups(home)
+    group, seed = runs.resolve_run(home, run, groups=groups)
     if group.kind != "train":
         raise UsageError(
             f"{group.name} is a {group.kind} run", "report takes a train run and finds the benchmarks that fit it"
         )
-    facts = collect(home, group, None if seed is None else (seed,))
+    facts = collect(home, group, None if seed is None else (seed,), groups)
     check = _check(home, facts, profile, slo)
-    verdicts = sections.verdicts_of(check, _why_this_profile(profile, str(check["profile"])))
+    verdicts = verdicts_of(check, _why_this_profile(profile, str(check["profile"])))
     document = sections.build(facts, verdicts)
+    changed = update is not None and _update(update, facts, verdicts)
     if html is not None:
         _write_page(html, document, facts, verdicts)
-    return Report(markdown.render(document), _as_json(facts, check, html), html)
+    return Report(markdown.render(document), _as_json(facts, check, html, update, changed), html, update, changed)
 
 
 def _check(home: Path, facts: "Facts", profile: str | None, slo: Path | None) -> Mapping[str, Any]:
@@ -64,15 +86,64 @@ def _why_this_profile(wanted: str | None, used: str) -> tuple[str, ...]:
     return (f"judged under profile {used}, because this run was made without a GPU",)
 
 
-def _write_page(path: Path, document: Any, facts: "Facts", verdicts: "Verdicts") -> None:
+def _write_page(path: Path, document: "Document", facts: "Facts", verdicts: "Verdicts") -> None:
     from chimera_cli.reporting import html, plots
-    from chimera_cli.reporting.facts import read_curves
+    from chimera_cli.reporting.facts import loader_curves, read_curves
 
-    drawn = plots.draw(facts, read_curves(facts))
-    runs.write_text(path, html.render(document, drawn, html.headlines(facts, verdicts)))
+    drawn = plots.draw(facts, read_curves(facts), loader_curves(facts), verdicts)
+    runs.write_text(path, html.render(document, drawn, html.headlines(facts, verdicts), facts.group.name))
 
 
-def _as_json(facts: "Facts", check: Mapping[str, Any], html: Path | None) -> dict[str, Any]:
+def _update(path: Path, facts: "Facts", verdicts: "Verdicts") -> bool:
+    from chimera_cli.reporting import brief, markdown
+
+    return update_block(path, markdown.render_blocks(brief.brief(facts, verdicts)))
+
+
+def update_block(path: Path, block: str) -> bool:
+    """Put `block` between the markers of a file, all else byte for byte as it was; return whether that changed it.
+
+    The file is replaced in one step and keeps its permissions; behind a symbolic link its target is. Raises UsageError
+    for a file that is missing or lacks its markers, ChimeraError for one that can't be read or written.
+    """
+    from chimera_cli.reporting.brief import BEGIN, END, replace_block
+
+    target = path.resolve()
+    if not target.is_file():
+        hint = f"name a text file with the lines {BEGIN} and {END}"
+        raise UsageError(f"{path} {'is no file' if target.exists() else 'does not exist'}", hint)
+    try:
+        old = target.read_bytes()
+    except OSError as error:
+        raise ChimeraError(f"{path} can't be read: {error.strerror}", "check the file's permissions") from error
+    new = replace_block(old, block, str(path))
+    if new == old:
+        return False
+    if not os.access(target, os.W_OK):
+        raise ChimeraError(f"{path} is write-protected", f"allow it with `chmod u+w {path}`")
+    _replace(target, new)
+    return True
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Replace a file in one step, synced to disk, with its old permissions."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.copymode(path, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise runs.cannot_write(path, error) from error
+
+
+def _as_json(
+    facts: "Facts", check: Mapping[str, Any], html: Path | None, update: Path | None, changed: bool
+) -> dict[str, Any]:
     """Return what the report says for programs: figures over seeds, those of the run's own dev split among them."""
     pack = (facts.group.facts.get("pack") or {}).get("name")
     dev = next((one.figures for one in facts.evaluations if (one.pack, one.split) == (pack, "dev")), {})
@@ -92,13 +163,18 @@ def _as_json(facts: "Facts", check: Mapping[str, Any], html: Path | None) -> dic
             for one in facts.evaluations
         ],
         "benchmarks": {
+            "prepare": _evidence(facts.prepare),
             "loader": _evidence(facts.loader),
             "encoders": _evidence(facts.encoders),
             "sanity": _evidence(facts.sanity),
+            "retrieval": _evidence(facts.retrieval),
         },
+        "contingency": [{"run": one.name, "status": one.status, **one.facts["plan"]} for one in facts.activations],
+        "seal_problems": {problem: list(files) for problem, files in facts.seal_problems.items()},
         "slo": dict(check),
         "environment": dict(facts.environment),
         "html": None if html is None else str(html),
+        "update": None if update is None else {"file": str(update), "changed": changed},
     }
 
 

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from chimera_cli.runs import Group, append_json_line, create_group, finish_group, utc_now, write_json, write_text
+from chimera_cli.runs import (
+    Group,
+    append_json_line,
+    create_group,
+    finish_group,
+    utc_now,
+    write_json,
+    write_sealed_json,
+    write_text,
+)
 
 CPU = {"device": "cpu", "cpu": "Testor <b>3000</b> | 2.5 GHz", "cores": 2, "gpu": None}
 RECALLS = {"i2t_r1": 0.33, "i2t_r5": 0.63, "i2t_r10": 0.76, "t2i_r1": 0.25, "t2i_r5": 0.55, "t2i_r10": 0.69}
@@ -29,11 +38,11 @@ def write_result(group: Group, seed: int, figures: Mapping[str, Any], details: M
     """Write a finished result.json."""
     facts = {"schema_version": 1, "kind": group.kind, "seed": seed, "status": "finished"}
     times = {"started_at": utc_now(), "finished_at": utc_now()}
-    write_json(group.seed_dir(seed) / "result.json", facts | times | {"figures": figures, "details": details})
+    write_sealed_json(group.seed_dir(seed) / "result.json", facts | times | {"figures": figures, "details": details})
 
 
-def write_evaluation(group: Group, seed: int, split: str, shift: float, images: int = 1000) -> None:
-    """Write the evaluation of one seed: `RECALLS` plus `shift`."""
+def write_evaluation(group: Group, seed: int, split: str, shift: float, images: int = 1000, **more: Any) -> None:
+    """Write the evaluation of one seed: `RECALLS` plus `shift`, and `more` keys of the file."""
     pack = group.facts["pack"]
     figures = {name: value + shift for name, value in RECALLS.items()}
     figures |= {"i2t_medr": 3.0, "t2i_medr": 5.0, "rsum": sum(figures.values())}
@@ -55,7 +64,8 @@ def write_evaluation(group: Group, seed: int, split: str, shift: float, images: 
         "zero_shot": None,
         "created_at": utc_now(),
     }
-    write_json(group.seed_dir(seed) / "evaluations" / f"{pack['name']}-{split}.json", value)
+    value |= more
+    write_sealed_json(group.seed_dir(seed) / "evaluations" / f"{pack['name']}-{split}.json", value)
 
 
 def train_group(home: Path, source: str = "flickr8k", seeds: tuple[int, ...] = (0, 1, 2)) -> Group:
@@ -96,6 +106,9 @@ def bench_groups(home: Path, source: str = "flickr8k", hardware: Mapping[str, An
     loader = create_group(home, "bench-loader", "", (0,), group_facts("chimera bench loader", source, hardware))
     details = {"batch": 64, "image_size": 224, "workers": 2, "latency_ms_p50": 123.456, "latency_ms_p95": 150.0}
     details["ceiling"] = {"name": "memory copy", "images_per_s": 4000.0, "share_reached": 0.128}
+    for second in range(5):
+        row = {"step": second, "elapsed_s": 1.0 + second, "loader_images_per_s": 500 + second}
+        append_json_line(loader.seed_dir(0) / "metrics.jsonl", row)
     write_result(loader, 0, {"loader_images_per_s": 512.5, "ram_peak_gb": 0.5}, details)
     encoders = create_group(home, "bench-encoders", "", (0,), group_facts("chimera bench encoders", source, hardware))
     part = {"name": "a_name|with*marks", "batch": 32, "latency_ms_p50": 9.876, "latency_ms_p95": 12.0}
@@ -143,3 +156,8 @@ def new_bench_groups() -> Callable[..., list[Group]]:
 @pytest.fixture
 def evaluate() -> Callable[..., None]:
     return write_evaluation
+
+
+@pytest.fixture(name="write_result")
+def result_writer() -> Callable[..., None]:
+    return write_result

@@ -1,5 +1,7 @@
 """Markdown shows foreign text as it is: checked with an independent CommonMark parser."""
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from chimera_cli.reporting.document import Code, Document, Mono, Paragraph, Section, Strong, table
@@ -53,3 +55,22 @@ def test_tables_are_aligned_and_missing_rows_leave_no_table() -> None:
         "| a       |       1 |",
         "| b **c** |      10 |",
     ]
+
+
+SIGNS = st.sampled_from("ab<>&\"'/!-+|`*_~[]()#={}\\ .1\n\t\x1b\x00\x7f\x9b;:@é\u2028\ud800\u202e")
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(SIGNS, max_size=30))
+def test_no_text_becomes_markup_links_or_another_cell(text: str) -> None:
+    text = f"a{text}a"
+    grid = table(("name", text, "z"), [(text, Mono(text), Strong(text)), ("b", "c", "d")])
+    markdown = render(Document(text, (Paragraph(text),), (Section("s", text, (grid,)),)))
+    tokens = parsed(markdown)
+    kinds = [token.type for token in tokens if token.type.endswith("_open")]
+    assert kinds[:3] == ["heading_open", "paragraph_open", "heading_open"]
+    assert kinds.count("tr_open") == 3
+    assert kinds.count("th_open") + kinds.count("td_open") == 9
+    allowed = {"text", "code_inline", "text_special", "strong_open", "strong_close"}
+    assert {part.type for token in tokens for part in token.children or ()} <= allowed
+    assert not set(markdown) & set("\x00\x1b\x7f\x9b\t\ud800\u202e")

@@ -5,10 +5,21 @@ from pathlib import Path
 
 import pytest
 
+from chimera_cli.errors import ChimeraError
 from chimera_cli.reporting.facts import collect, newest_like
 from chimera_cli.reporting.markdown import render
-from chimera_cli.reporting.sections import Verdicts, build, ladder_rows
-from chimera_cli.runs import Group, read_json, update_group
+from chimera_cli.reporting.retrieval import ladder_rows
+from chimera_cli.reporting.sections import build
+from chimera_cli.reporting.verdicts import Verdicts, verdicts_of
+from chimera_cli.runs import (
+    Group,
+    create_group,
+    finish_group,
+    read_json,
+    update_group,
+    write_json,
+    write_sealed_json,
+)
 
 NO_VERDICTS = Verdicts((), (), "chimera slo check --run latest")
 
@@ -145,3 +156,159 @@ def test_commands_that_reproduce_come_from_the_groups_themselves(
         "chimera slo check --run latest",
         "chimera report --run latest > benchmarks.md",
     ]
+
+
+def rows_after(text: str, heading: str) -> list[list[str]]:
+    """Return the cells of the first table after a line that begins with `heading`, its own heading included."""
+    lines = text.splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith(heading))
+    first = next(place for place in range(start, len(lines)) if lines[place].startswith("|"))
+    last = next(place for place in range(first, len(lines)) if not lines[place].startswith("|"))
+    return [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines[first:last] if "|:-" not in line]
+
+
+def test_seeds_stand_one_by_one_with_time_and_memory(tmp_path: Path, new_train_group: Callable[..., Group]) -> None:
+    rows = rows_after(report(tmp_path, new_train_group(tmp_path)), "Seeds one by one")
+    assert rows[1] == ["seed 0", "30.0 s", "900.0 pairs/s", "–", "–", "–", "1.60 GiB", "–"]
+    assert [row[1] for row in rows[1:]] == ["30.0 s", "31.0 s", "32.0 s"]
+    assert [row[6] for row in rows[1:]] == ["1.60 GiB", "1.70 GiB", "1.80 GiB"]
+
+
+def test_zero_shot_figures_stand_beside_chance(
+    tmp_path: Path, new_train_group: Callable[..., Group], evaluate: Callable[..., None]
+) -> None:
+    group = new_train_group(tmp_path, seeds=(0, 1))
+    assert "Zero-shot" not in report(tmp_path, group)
+    for seed, top1 in ((0, 0.30), (1, 0.34)):
+        guesses = {
+            "column": "kind|of",
+            "classes": ["a", "b", "c", "d"],
+            "templates": ["{}", "a {}"],
+            "figures": {"zero_shot_top1": top1, "zero_shot_top5": None},
+            "chance": {"zero_shot_top1": 0.25, "zero_shot_top5": None},
+        }
+        evaluate(group, seed, "dev", 0.0, zero_shot=guesses)
+    text = report(tmp_path, group)
+    assert "**Zero-shot, flickr8k, dev**: by the column `kind|of`, 4 classes, 2 prompts each." in text
+    assert rows_after(text, "**Zero-shot")[1:] == [
+        ["zero-shot top-1", "30.0 %", "34.0 %", "32.0 ± 2.8 % (n=2)", "25.0 %"],
+        ["zero-shot top-5", "–", "–", "–", "–"],
+    ]
+
+
+def test_peers_stand_beside_ours_and_one_that_failed_says_why(
+    tmp_path: Path, new_train_group: Callable[..., Group], new_bench_groups: Callable[..., list[Group]]
+) -> None:
+    loader = new_bench_groups(tmp_path)[0]
+    path = loader.seed_dir(0) / "result.json"
+    peers = [
+        {"name": "open_clip", "images_per_s": 212.4, "spread": [203.0, 219.5], "failed": None}
+        | {"ratio_equal_output": 4.7, "ratio_gather": 161.2, "settings": {"workers": 2, "crop_scale": 0.9}},
+        {"name": "webdataset", "images_per_s": None, "spread": None, "failed": "<b>no</b>", "settings": {}}
+        | {"ratio_equal_output": None, "ratio_gather": None, "ratio_shards": None},
+    ]
+    against = {"images": 2000, "width": 500, "height": 375, "mean_kb": 137.2}
+    against["ours"] = [{"name": "gather only", "images_per_s": 34000.0, "spread": [33000.0, 35000.0]}]
+    result = read_json(path)
+    result["details"] |= {"peers": peers, "against": against}
+    write_sealed_json(path, result)
+    text = report(tmp_path, new_train_group(tmp_path))
+    assert "on the same 2,000 JPEGs of 500 x 375 px, 137 KB on average." in text
+    assert rows_after(text, "The data loader against peers")[1:] == [
+        ["chimera, gather only", "34,000 images/s (33,000 – 35,000)", "–", "–", "–"],
+        ["`open_clip`", "212.4 images/s (203.0 – 219.5)", "4.70×", "161×", "workers 2, crop scale 0.9"],
+        ["`webdataset`", "–", "–", "–", "failed: \\<b>no\\</b>"],
+    ]
+
+
+def test_benchmarks_that_use_no_gpu_fit_a_run_on_any_card_of_the_machine(
+    tmp_path: Path, new_train_group: Callable[..., Group], write_result: Callable[..., None]
+) -> None:
+    group = new_train_group(tmp_path)
+    assert "preparing" not in report(tmp_path, group)
+    same = {key: group.facts[key] for key in ("source_hash", "hardware")}
+    prepare = create_group(
+        tmp_path, "bench-prepare", "", (0,), {**same, "command": "chimera bench prepare", "pack": None}
+    )
+    details = {"size": 224, "ratio_to_pillow": 1.456}
+    details["ceiling"] = {"name": "bare loop, times 2 cores", "share_reached": 0.913}
+    write_result(prepare, 0, {"prepare_images_per_s": 812.5, "ram_peak_gb": 0.4}, details)
+    recall = create_group(tmp_path, "bench-retrieval", "", (0,), {**same, "command": "chimera bench retrieval"})
+    details = {"images": 5000, "captions": 25000, "dim": 512, "ranks_s": 2.345, "ratio": 1.623}
+    write_result(recall, 0, {"ram_peak_gb": 0.7}, details | {"extra_memory_gb": 0.255})
+    for other in (prepare, recall):
+        finish_group(other, "finished")
+    update_group(group, hardware={**group.facts["hardware"], "device": "cuda", "gpu": "GTX 1080"})
+    group = type(group)(group.path, read_json(group.path / "group.json"))
+    text = report(tmp_path, group)
+    row = rows_after(text, "Components")[1]
+    assert row[0] == "preparing a pack (224 px)"
+    assert row[4] == "812.5 images/s"
+    assert row[6] == "91.3 % of bare loop, times 2 cores; 1.46× Pillow alone"
+    assert rows_after(text, "Tasks")[-1] == [
+        "recall of 5,000 images x 25,000 captions, 512 dimensions",
+        "2.35 s",
+        "1.62× the bare matrix product; 0.26 GiB extra",
+    ]
+    assert {"chimera bench prepare", "chimera bench retrieval"} <= set(text.splitlines())
+
+
+def test_contingency_steps_on_the_same_pack_are_listed_oldest_first(
+    tmp_path: Path, new_train_group: Callable[..., Group]
+) -> None:
+    plan = {"objective": "viability", "action": "learn-text", "slo": "configs/slo.yaml"}
+    older = update_group(new_train_group(tmp_path), plan={**plan, "action": "regularise"})
+    new_train_group(tmp_path)
+    update_group(new_train_group(tmp_path, "toy"), plan=plan)
+    group = update_group(new_train_group(tmp_path), plan=plan)
+    text = report(tmp_path, group)
+    assert "This run takes the contingency step `learn-text` of the objective `viability`." in text
+    assert rows_after(text, "Contingency steps")[1:] == [
+        ["`regularise`", "`viability`", f"`{older.name}`", "finished", "3.200"],
+        ["`learn-text`", "`viability`", f"`{group.name}` (this run)", "finished", "3.200"],
+    ]
+
+
+def test_a_result_that_was_edited_heads_the_report(tmp_path: Path, new_train_group: Callable[..., Group]) -> None:
+    group = new_train_group(tmp_path)
+    assert "No evidence" not in report(tmp_path, group)
+    path = group.seed_dir(2) / "result.json"
+    result = read_json(path)
+    result["figures"]["wall_s"] = 1.0
+    write_json(path, result)
+    first = report(tmp_path, group).splitlines()[2]
+    assert first == (
+        f"> **No evidence.** `{group.name}/seed-2/result.json` was edited after it was written "
+        "(its hash no longer matches)."
+    )
+
+
+@pytest.mark.parametrize("key", ["images", "figures", "pack", "split"])
+def test_an_evaluation_that_lacks_what_every_one_has_is_one_sentence(
+    tmp_path: Path, new_train_group: Callable[..., Group], key: str
+) -> None:
+    group = new_train_group(tmp_path, seeds=(0,))
+    path = group.seed_dir(0) / "evaluations" / "flickr8k-dev.json"
+    write_sealed_json(path, {name: value for name, value in read_json(path).items() if name != key})
+    with pytest.raises(ChimeraError, match=rf"flickr8k-dev\.json holds no {key}"):
+        collect(tmp_path, group)
+
+
+def test_verdicts_carry_intervals_waivers_and_limits() -> None:
+    def condition(figure: str, limit: float, **more: object) -> dict[str, object]:
+        words = {"law": "law", "measured": "m", "interval_words": "1 to 2"}
+        return {"figure": figure, "comparison": ">=", "limit": limit, "relative_to": None, **words, **more}
+
+    objective = {"id": "loader", "title": "fast", "verdict": "waived", "reason": "why", "run": None, "measure": None}
+    objective["conditions"] = [
+        condition("gpu_util_mean", 0.85),
+        condition("loss_tail_mean", -0.15, relative_to="chance_loss"),
+    ]
+    objective["beside"] = [{"figure": "loader_images_per_s", "target": 300}, {"figure": "rsum", "target": None}]
+    check = {"objectives": [objective], "remarks": [], "command": "chimera slo check", "law": True}
+    found = verdicts_of(check | {"waivers": [{"words": "loader waived by <b>"}]})
+    assert [(row.objective, row.interval) for row in found.rows] == [("loader", "1 to 2"), ("", "1 to 2")]
+    assert [limit.label for limit in found.limits] == ["law ≥ 85.0 %", "target ≥ 300.0 images/s"]
+    assert found.limit("rsum") is None
+    assert found.waivers == ("loader waived by <b>",)
+    assert [limit.kind for limit in verdicts_of(check | {"law": False}).limits] == ["limit", "target"]

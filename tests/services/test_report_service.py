@@ -13,7 +13,7 @@ import typer
 from chimera_cli.cli.report import report_command
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.figures import RECALLS
-from chimera_cli.runs import Group, create_group, finish_group, update_group, utc_now, write_json, write_text
+from chimera_cli.runs import Group, create_group, finish_group, update_group, utc_now, write_sealed_json, write_text
 from chimera_cli.services.report import report
 
 HEAVY = ("torch", "timm", "transformers", "mlflow", "pandas", "scipy")
@@ -51,12 +51,12 @@ def group(tmp_path: Path) -> Group:
         directory = group.seed_dir(seed)
         times = {"started_at": utc_now(), "finished_at": utc_now(), "status": "finished", "seed": seed}
         figures = {"epoch_10k_pairs_s": 80.0 + 20 * seed, "wall_s": 3.0, "vram_peak_gb": None}
-        write_json(directory / "result.json", {**times, "kind": "train", "figures": figures, "details": {}})
+        write_sealed_json(directory / "result.json", {**times, "kind": "train", "figures": figures, "details": {}})
         write_text(directory / "config.yaml", "batch: 2\n")
         recalls = dict.fromkeys(RECALLS, 0.5)
         counts = {"images": 300, "captions": 1500, "created_at": utc_now(), "checkpoint_step": 3}
         evaluation = {"pack": pack, "split": "dev", "seed": seed, **counts, "figures": recalls}
-        write_json(directory / "evaluations" / "toy-dev.json", evaluation)
+        write_sealed_json(directory / "evaluations" / "toy-dev.json", evaluation)
     return finish_group(group, "finished")
 
 
@@ -85,16 +85,16 @@ def test_verdicts_of_slo_check_stand_in_the_report(tmp_path: Path, group: Group,
     text = report(tmp_path, slo=slo).markdown
     assert text.splitlines()[2].startswith("> **Not the law.**")
     assert "Judged under profile cpu, because this run was made without a GPU." in text
-    assert row_of(text, "`epoch`")[3] == "**fail**"
+    assert row_of(text, "`epoch`")[4] == "**fail**"
     unmeasured = row_of(text, "`sanity`")
-    assert unmeasured[2:4] == ["–", "**unmeasured**"]
-    assert "run `chimera train sanity --seed 0`" in unmeasured[4]
+    assert unmeasured[2:5] == ["–", "–", "**unmeasured**"]
+    assert "run `chimera train sanity --seed 0`" in unmeasured[5]
     assert "`memory`" not in text
 
 
 def test_the_profile_that_is_asked_for_is_used_without_excuse(tmp_path: Path, group: Group, slo: Path) -> None:
     text = report(tmp_path, profile="gpu", slo=slo).markdown
-    assert row_of(text, "`memory`")[3] == "**unmeasured**"
+    assert row_of(text, "`memory`")[4] == "**unmeasured**"
     assert "Judged under" not in text
 
 
@@ -102,13 +102,13 @@ def test_a_run_on_a_gpu_is_judged_as_one(tmp_path: Path, group: Group, slo: Path
     hardware = {"device": "cuda", "cpu": "Testor", "cores": 2, "gpu": "GTX 1080"}
     update_group(group, hardware=hardware)
     text = report(tmp_path, slo=slo).markdown
-    assert row_of(text, "`memory`")[3] == "**unmeasured**"
+    assert row_of(text, "`memory`")[4] == "**unmeasured**"
     assert "GTX 1080; Testor, 2 cores" in text
 
 
 def test_one_seed_alone_can_be_reported(tmp_path: Path, group: Group, slo: Path) -> None:
     made = report(tmp_path, f"{group.name}/seed-0", slo=slo)
-    assert row_of(made.markdown, "`epoch`")[3] == "pass"
+    assert row_of(made.markdown, "`epoch`")[4] == "pass"
     assert made.facts["figures"]["epoch_10k_pairs_s"]["values"] == [80.0]
 
 
@@ -140,13 +140,23 @@ def test_json_is_one_object_with_figures_by_name(
     assert made["figures"]["wall_s"]["n"] == 2
     assert made["figures"]["vram_peak_gb"] is None
     assert made["slo"]["verdict"] == "fail"
-    assert made["benchmarks"] == {"loader": None, "encoders": None, "sanity": None}
+    assert made["benchmarks"] == dict.fromkeys(("prepare", "loader", "encoders", "sanity", "retrieval"))
+    assert made["update"] is None
 
 
 def test_a_page_that_can_not_be_written_is_one_sentence(tmp_path: Path, group: Group, slo: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ChimeraError, match="can't be written"):
         report(tmp_path, slo=slo, html=tmp_path / "file" / "report.html")
+
+
+def test_a_folder_in_place_of_the_page_is_refused_before_anything_is_written(
+    tmp_path: Path, group: Group, slo: Path, readme: Path
+) -> None:
+    before = readme.read_bytes()
+    with pytest.raises(UsageError, match="is a folder"):
+        report(tmp_path, slo=slo, html=tmp_path, update=readme)
+    assert readme.read_bytes() == before
 
 
 def test_a_cut_result_is_one_sentence(tmp_path: Path, group: Group, slo: Path) -> None:
@@ -166,3 +176,81 @@ def test_markdown_is_made_without_heavy_libraries(tmp_path: Path, group: Group, 
     environment = os.environ | {"CHIMERA_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+# ---- --update -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Path:
+    path = tmp_path / "README.md"
+    path.write_bytes(b"# Mine\r\n\r\n<!-- chimera:report -->\r\nold\r\n<!-- /chimera:report -->\r\n\xff \tend")
+    path.chmod(0o640)
+    return path
+
+
+def test_update_refreshes_the_block_and_nothing_else(
+    group: Group, slo: Path, readme: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("--slo", str(slo), "--update", str(readme))
+    assert capsys.readouterr().out == f"{readme}: the report is refreshed\n"
+    content = readme.read_bytes()
+    head, _, rest = content.partition(b"<!-- chimera:report -->\r\n")
+    block, _, tail = rest.partition(b"<!-- /chimera:report -->")
+    assert (head, tail) == (b"# Mine\r\n\r\n", b"\r\n\xff \tend")
+    assert block.count(b"\n") == block.count(b"\r\n") > 5
+    assert b"| toy, dev |" in block
+    assert readme.stat().st_mode & 0o777 == 0o640
+
+    before = readme.stat()
+    command("--slo", str(slo), "--update", str(readme))
+    assert capsys.readouterr().out == f"{readme}: the report was up to date already\n"
+    assert readme.read_bytes() == content
+    assert (readme.stat().st_ino, readme.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert [path.name for path in readme.parent.iterdir() if path.name.startswith(".README")] == []
+
+
+def test_update_says_in_json_what_it_did(
+    group: Group, slo: Path, readme: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("--slo", str(slo), "--update", str(readme), "--json")
+    assert json.loads(capsys.readouterr().out)["update"] == {"file": str(readme), "changed": True}
+
+
+def test_update_writes_behind_a_link(tmp_path: Path, group: Group, slo: Path, readme: Path) -> None:
+    link = tmp_path / "link.md"
+    link.symlink_to(readme)
+    assert report(tmp_path, slo=slo, update=link).changed
+    assert link.is_symlink()
+    assert b"| toy, dev |" in readme.read_bytes()
+
+
+def test_update_without_markers_or_file_writes_nothing_at_all(tmp_path: Path, group: Group, slo: Path) -> None:
+    plain, page = tmp_path / "plain.md", tmp_path / "page.html"
+    plain.write_text("no markers\n")
+    with pytest.raises(UsageError, match=r"plain\.md has no line <!-- chimera:report -->"):
+        report(tmp_path, slo=slo, update=plain, html=page)
+    with pytest.raises(UsageError, match=r"gone\.md does not exist"):
+        report(tmp_path, slo=slo, update=tmp_path / "gone.md", html=page)
+    with pytest.raises(UsageError, match="is no file"):
+        report(tmp_path, slo=slo, update=tmp_path, html=page)
+    assert plain.read_text() == "no markers\n"
+    assert not page.exists()
+
+
+# ---- the process ----------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_who_has_gone_is_no_error(tmp_path: Path, group: Group, slo: Path) -> None:
+    """`chimera report | head -1`: more than a pipe holds is written to nobody."""
+    (group.seed_dir(0) / "config.yaml").write_text("".join(f"key_{n}: {'x' * 100}\n" for n in range(2000)))
+    command = [str(Path(sys.executable).with_name("chimera")), "report", "--slo", str(slo)]
+    environment = os.environ | {"CHIMERA_HOME": str(tmp_path)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline().startswith(b"# ")
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=60), err) == (0, b"")
