@@ -3,7 +3,9 @@
 import re
 
 # Words that a horizontal flip turns into a lie. "left" is often the past of "leave"; keeping such an image unflipped
-# costs nothing, flipping "the dog on the left" teaches the model that sides mean nothing.
+# costs nothing, flipping "the dog on the left" teaches the model that sides mean nothing. On Flickr8k, where 116 of
+# 30,000 training captions name a side, neither flipping these images too nor swapping the words changes dev rsum
+# (2.954 ± 0.020, 2.957 ± 0.017 and 2.957 ± 0.018 over 6 seeds): the rule that never shows a false pair stays.
 _SIDE = re.compile(
     r"\b(?:left|right|leftmost|rightmost|(?:left|right)hand(?:ed)?|(?:anti|counter)?clockwise)\b",
     re.IGNORECASE,

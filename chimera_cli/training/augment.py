@@ -1,38 +1,51 @@
-"""What the trainer sees of an image: augmented pixels, or a view of its cached features with noise."""
+"""What the trainer sees of an image: augmented pixels, or a view of its cached features with noise.
+
+Which crop, view and noise a batch gets depends on the seed and on the batch's place in training alone: a run that is
+taken up again in the middle goes on as if it had never stopped.
+"""
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from chimera_cli.data.augmentation import horizontal_flip, normalise, random_resized_crop, resize, to_float
-from chimera_cli.data.loader import gather
-from chimera_cli.models.image_tower import ImageTower
+from chimera_cli.data.augmentation import Augmentation, augment
+from chimera_cli.data.loader import empty_buffer, end_copy, gather
+from chimera_cli.training.batches import Place
 
 Indices = NDArray[np.int64]
 
 
 def noisy_rows(
-    views: Tensor, generator: torch.Generator, noise: float, may_flip: Tensor | None = None
-) -> Callable[[Indices, int], Tensor]:
-    """Return a function (positions, epoch) -> features (batch, width): a random view of each row, with noise.
+    views: Tensor,
+    seed: int,
+    noise: float,
+    may_flip: Tensor | None = None,
+    *,
+    stream: Literal["images", "texts"] = "images",
+) -> Callable[[Indices, Place], Tensor]:
+    """Return a function (positions, place) -> features (batch, width): a random view of each row, with noise.
 
     `views` is (n, views, width); where `may_flip` (n,) is false only the first is shown. The noise is Gaussian with
     `noise` times the standard deviation of each feature, which keeps heads from learning single features by heart.
+    `stream` keeps the noise of captions apart from that of images.
     """
     scale = noise * views.flatten(0, 1).std(dim=0)
 
-    def rows(positions: Indices, _epoch: int) -> Tensor:
+    def rows(positions: Indices, place: Place) -> Tensor:
+        generator = place.generator(seed, stream)
         index = torch.from_numpy(positions).to(views.device)
-        view = torch.randint(views.shape[1], index.shape, generator=generator).to(views.device)
+        view = torch.randint(views.shape[1], (place.whole,), generator=generator)[place.part].to(views.device)
         if may_flip is not None:
             view = view * may_flip.to(views.device)[index]
         picked = views[index, view]
         if noise == 0:
             return picked
-        return picked + scale * torch.randn(picked.shape, generator=generator).to(views.device)
+        drawn = torch.randn((place.whole, views.shape[2]), generator=generator)[place.part]
+        return picked + scale * drawn.to(views.device)
 
     return rows
 
@@ -40,30 +53,30 @@ def noisy_rows(
 def augmented_pixels(
     images: NDArray[np.uint8],
     indices: Indices,
-    tower: ImageTower,
-    image_size: int,
+    how: Augmentation,
+    seed: int,
     device: torch.device,
-    generator: torch.Generator,
-    *,
-    crop_scale: float,
-    may_flip: Tensor | None,
-) -> Callable[[Indices, int], Tensor]:
-    """Return a function (positions, epoch) -> normalised pixels (batch, 3, S, S), cropped and flipped at random.
+    may_flip: Tensor | None = None,
+) -> Callable[[Indices, Place], Tensor]:
+    """Return a function (positions, place) -> normalised pixels (batch, 3, S, S) of the images at indices[positions].
 
-    `may_flip` (n,) says which images may be mirrored; None mirrors none.
+    `may_flip` (n,) says which of them may be mirrored where `how` asks for it; None mirrors any. Only one call may run
+    at a time: the pixels are gathered into one buffer.
     """
+    buffer = empty_buffer((0, *images.shape[1:]))
 
-    def pixels(positions: Indices, _epoch: int) -> Tensor:
-        rows = indices[positions]
-        buffer = np.empty((len(rows), *images.shape[1:]), dtype=np.uint8)
-        batch = to_float(torch.from_numpy(gather(images, rows, buffer)).to(device, non_blocking=True))
-        if crop_scale < 1:
-            batch = random_resized_crop(batch, image_size, generator, scale=(crop_scale, 1.0))
-        else:
-            batch = resize(batch, image_size)
-        if may_flip is not None:
-            batch = horizontal_flip(batch, generator, may_flip[torch.from_numpy(positions)])
-        floats: Tensor = normalise(batch, tower.mean, tower.std)
-        return floats.contiguous(memory_format=torch.channels_last)
+    def pixels(positions: Indices, place: Place) -> Tensor:
+        nonlocal buffer
+        if len(positions) > len(buffer):
+            buffer = empty_buffer((len(positions), *images.shape[1:]), pinned=device.type == "cuda")
+        end_copy(buffer)
+        return augment(
+            gather(images, indices[positions], buffer),
+            how,
+            place.generator(seed, "images"),
+            device,
+            None if may_flip is None else may_flip[torch.from_numpy(positions)],
+            share=(place.whole, place.part),
+        )
 
     return pixels

@@ -1,18 +1,23 @@
 """From a pack to batches of pairs: one caption per image and epoch, in an order that seed and epoch alone decide."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from chimera_cli.data.loader import epoch_order
+from chimera_cli.data.loader import ahead, epoch_order
 from chimera_cli.models.dual_encoder import DualEncoder
 from chimera_cli.models.text_tower import Tokens
 
 Indices = NDArray[np.int64]
+
+# Words of the seed: 0 (or none) is the order of an epoch, 1 the choice of captions.
+_STREAMS = {"images": 2, "texts": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,54 +25,102 @@ class PairBatch:
     """`image`: pooled features (batch, width) of a locked tower, or normalised pixels (batch, 3, S, S).
 
     `text`: pooled features (batch, width) of a locked tower, or tokens. `image_ids`: (batch,), equal for equal images.
+    `number` counts the batches of the epoch from 0. `whole` is the number of pairs over all processes, 0 where there is
+    but one.
     """
 
     epoch: int
     image: Tensor
     text: Tensor | Tokens
     image_ids: Tensor
+    number: int = 0
+    whole: int = 0
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a batch stands in training: all its randomness comes from the seed and from here.
+
+    Over all processes the batch has `whole` pairs, of which `part` is this process's share.
+    """
+
+    epoch: int
+    number: int
+    whole: int
+    part: slice = field(default_factory=lambda: slice(None))
+
+    def generator(self, seed: int, stream: Literal["images", "texts"]) -> torch.Generator:
+        """Return the random numbers of this batch: the same whenever, and by whichever process, it is made."""
+        words = np.random.SeedSequence([seed, self.epoch, _STREAMS[stream], self.number]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(words[0]))
+
+
 def pair_order(
-    captions_by_image: list[Indices], batch: int, seed: int, epoch: int
+    captions_by_image: list[Indices], batch: int, seed: int, epoch: int, *, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[Indices, Indices]]:
     """Yield (image positions, caption rows) of one epoch: every image once, with one of its captions at random.
 
-    The batches are as even as can be, so that no tail of one or two pairs makes a step of its own.
+    The batches are as even as can be, so that no tail of one or two pairs makes a step of its own. `batch` counts the
+    pairs of all `world` processes: together their batches are those of a single process, pair by pair, and the shares
+    of a process in an epoch are `epoch_order(n, seed, epoch, rank, world)`.
     """
+    for place, positions, rows in _places(captions_by_image, batch, seed, epoch, rank, world):
+        yield positions[place.part], rows[place.part]
+
+
+def _places(
+    captions_by_image: list[Indices], batch: int, seed: int, epoch: int, rank: int, world: int
+) -> Iterator[tuple[Place, Indices, Indices]]:
+    """Yield where each batch of an epoch stands, with the positions and caption rows of all processes."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} is not in 0..{world - 1}")
     order = epoch_order(len(captions_by_image), seed, epoch)
     choices = np.random.default_rng(np.random.SeedSequence([seed, epoch, 1]))
     count = max(1, round(len(order) / batch))
-    for positions in np.array_split(order, count):
+    done = 0
+    for number, positions in enumerate(np.array_split(order, count)):
         rows = [
             captions_by_image[position][choices.integers(len(captions_by_image[position]))] for position in positions
         ]
-        yield positions, np.asarray(rows, dtype=np.int64)
+        part = slice((rank - done) % world, None, world)
+        yield Place(epoch, number, len(positions), part), positions, np.asarray(rows, dtype=np.int64)
+        done += len(positions)
 
 
 def pair_batches(
     captions_by_image: list[Indices],
     image_ids: Indices,
-    images: Callable[[Indices, int], Tensor],
-    texts: Callable[[Indices], Tensor | Tokens],
+    images: Callable[[Indices, Place], Tensor],
+    texts: Callable[[Indices, Place], Tensor | Tokens],
     *,
     batch: int,
     seed: int,
     device: torch.device,
-) -> Iterator[PairBatch]:
-    """Yield batches without end, epoch after epoch.
+    start: tuple[int, int] = (0, 0),
+    prefetch: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Generator[PairBatch, None, None]:
+    """Yield batches without end, epoch after epoch, from the batch of number `start[1]` in epoch `start[0]` on.
 
-    `images` gives the images at positions in an epoch, `texts` the captions of rows; `image_ids` is (images,).
+    `images` gives the images at positions, `texts` the captions of rows, both told where the batch stands;
+    `image_ids` is (images,). What comes from `start` on equals what an uninterrupted sequence has there, bit for bit.
+    `prefetch` batches are made by a thread while the consumer computes: it changes no value. A batch is then valid
+    until the next one is asked for. `batch`, `rank` and `world` as in `pair_order`.
     """
-    epoch = 0
-    while True:
-        for positions, rows in pair_order(captions_by_image, batch, seed, epoch):
-            ids = torch.from_numpy(image_ids[positions]).to(device)
-            yield PairBatch(epoch, images(positions, epoch), texts(rows), ids)
-        epoch += 1
+
+    def made() -> Iterator[PairBatch]:
+        for epoch in itertools.count(start[0]):
+            places = _places(captions_by_image, batch, seed, epoch, rank, world)
+            for place, all_positions, all_rows in itertools.islice(places, start[1] if epoch == start[0] else 0, None):
+                positions, rows = all_positions[place.part], all_rows[place.part]
+                ids = torch.from_numpy(image_ids[positions]).to(device)
+                yield PairBatch(epoch, images(positions, place), texts(rows, place), ids, place.number, place.whole)
+
+    yield from ahead(made(), prefetch)
 
 
 def embed_pairs(model: DualEncoder, batch: PairBatch) -> tuple[Tensor, Tensor]:

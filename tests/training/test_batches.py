@@ -1,11 +1,19 @@
 """What the trainer is given: every image once per epoch, one of its own captions, decided by seed and epoch."""
 
+import itertools
+import threading
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from chimera_cli.training.augment import noisy_rows
-from chimera_cli.training.batches import pair_batches, pair_order
+from chimera_cli.data.augmentation import Augmentation
+from chimera_cli.data.loader import epoch_order
+from chimera_cli.training.augment import augmented_pixels, noisy_rows
+from chimera_cli.training.batches import PairBatch, Place, pair_batches, pair_order
 from chimera_cli.training.optimiser import build_schedule
 
 CAPTIONS = [np.arange(5 * image, 5 * image + 5) for image in range(103)]
@@ -34,30 +42,150 @@ def test_over_many_epochs_every_caption_is_drawn() -> None:
     assert seen == set(range(20))
 
 
+@pytest.mark.parametrize(("images", "batch", "world"), [(103, 25, 4), (103, 24, 5), (30, 7, 3), (8, 8, 2), (5, 8, 2)])
+def test_processes_share_the_batches_of_one(images: int, batch: int, world: int) -> None:
+    captions = CAPTIONS[:images]
+    single = list(pair_order(captions, batch, seed=3, epoch=1))
+    shares = [list(pair_order(captions, batch, 3, 1, rank=rank, world=world)) for rank in range(world)]
+    for whole, *parts in zip(single, *shares, strict=True):
+        pairs = {
+            (int(position), int(row))
+            for positions, rows in parts
+            for position, row in zip(positions, rows, strict=True)
+        }
+        assert pairs == set(zip(whole[0].tolist(), whole[1].tolist(), strict=True))
+        assert sum(len(positions) for positions, _ in parts) == len(whole[0])
+        sizes = [len(positions) for positions, _ in parts]
+        assert max(sizes) - min(sizes) <= 1
+    for rank, share in enumerate(shares):
+        mine = np.concatenate([positions for positions, _ in share])
+        assert (mine == epoch_order(images, 3, 1, rank, world)).all()
+    with pytest.raises(ValueError, match="rank 4"):
+        next(pair_order(captions, batch, 3, 1, rank=4, world=4))
+
+
+# ---- the stream of batches ------------------------------------------------------------------------------------------
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (103, 24, 24, 3), dtype=np.uint8)
+FEATURES = torch.randn(515, 1, 6, generator=torch.Generator().manual_seed(0))
+CPU = torch.device("cpu")
+
+
+def stream(**options: Any) -> Generator[PairBatch, None, None]:
+    """Return batches of augmented pixels and noisy caption features: all that is random at once."""
+    how = Augmentation(16, 0.3, flip=True, colour_jitter=0.2)
+    return pair_batches(
+        CAPTIONS,
+        np.arange(103) // 2,
+        augmented_pixels(PIXELS, np.arange(103), how, 7, CPU),
+        noisy_rows(FEATURES, 7, 0.3, stream="texts"),
+        batch=25,
+        seed=7,
+        device=CPU,
+        **options,
+    )
+
+
+def take(n: int, **options: Any) -> list[PairBatch]:
+    with closing(stream(**options)) as batches:
+        return list(itertools.islice(batches, n))
+
+
+def equal(a: PairBatch, b: PairBatch) -> bool:
+    assert isinstance(a.text, torch.Tensor)
+    assert isinstance(b.text, torch.Tensor)
+    return (
+        (a.epoch, a.number) == (b.epoch, b.number)
+        and torch.equal(a.image, b.image)
+        and torch.equal(a.text, b.text)
+        and torch.equal(a.image_ids, b.image_ids)
+    )
+
+
 def test_an_endless_stream_counts_its_epochs_and_carries_image_ids() -> None:
-    stream = pair_batches(
+    batches = pair_batches(
         CAPTIONS[:4],
         np.array([9, 9, 1, 2]),
-        lambda positions, _epoch: torch.from_numpy(positions).float()[:, None],
-        lambda rows: torch.from_numpy(rows).float()[:, None],
+        lambda positions, _place: torch.from_numpy(positions).float()[:, None],
+        lambda rows, _place: torch.from_numpy(rows).float()[:, None],
         batch=2,
         seed=0,
-        device=torch.device("cpu"),
+        device=CPU,
     )
-    batches = [next(stream) for _ in range(4)]
-    assert [batch.epoch for batch in batches] == [0, 0, 1, 1]
+    first = [next(batches) for _ in range(4)]
+    assert [(batch.epoch, batch.number) for batch in first] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     ids = {0: 9, 1: 9, 2: 1, 3: 2}
-    for batch in batches:
+    for batch in first:
         assert [ids[int(p)] for p in batch.image[:, 0]] == batch.image_ids.tolist()
 
 
-def test_noise_has_the_asked_share_of_each_features_deviation() -> None:
-    views = torch.randn(4000, 2, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0, 0.1])
-    rows = noisy_rows(torch.zeros_like(views) + views, torch.Generator().manual_seed(1), noise=0.5)
-    quiet = noisy_rows(views, torch.Generator().manual_seed(1), noise=0.0)
-    positions = np.arange(4000)
-    spread = (rows(positions, 0) - quiet(positions, 0)).std(dim=0) / views.flatten(0, 1).std(dim=0)
-    assert spread.tolist() == pytest.approx([0.5, 0.5, 0.5], rel=0.05)
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_the_sequence_goes_on_at_any_batch_bit_for_bit(prefetch: int) -> None:
+    # Four batches an epoch; (0, 4) is where an epoch ends, that is where the next begins.
+    whole = take(10)
+    for start, skipped in (((0, 0), 0), ((0, 1), 1), ((0, 4), 4), ((1, 0), 4), ((1, 3), 7), ((2, 1), 9)):
+        rest = take(10 - skipped, start=start, prefetch=prefetch)
+        assert all(equal(a, b) for a, b in zip(rest, whole[skipped:], strict=True))
+    assert not any(torch.equal(a.image[:24], b.image[:24]) for a, b in itertools.combinations(whole, 2))
+
+
+def test_processes_see_what_one_process_sees() -> None:
+    whole = take(5)
+    shares = [take(5, rank=rank, world=3, prefetch=1) for rank in range(3)]
+    done = 0
+    for batch, *parts in zip(whole, *shares, strict=True):
+        for rank, part in enumerate(parts):
+            mine = slice((rank - done) % 3, None, 3)
+            assert torch.equal(part.image, batch.image[mine])
+            assert torch.equal(part.text, batch.text[mine])  # type: ignore[arg-type,index]
+            assert torch.equal(part.image_ids, batch.image_ids[mine])
+        done = 0 if batch.number == 3 else done + len(batch)
+
+
+def test_the_next_batch_is_made_while_this_one_is_trained_on() -> None:
+    made = threading.Event()
+
+    def images(positions: np.ndarray, place: Place) -> torch.Tensor:
+        if place.number == 1:
+            made.set()
+        return torch.zeros(len(positions), 1)
+
+    batches = pair_batches(
+        CAPTIONS,
+        np.arange(103),
+        images,
+        lambda rows, _place: torch.zeros(len(rows), 1),
+        batch=25,
+        seed=0,
+        device=CPU,
+        prefetch=1,
+    )
+    with closing(batches):
+        assert next(batches).number == 0
+        assert made.wait(30)
+    assert [thread.name for thread in threading.enumerate() if thread.name == "loader"] == []
+
+
+def test_what_fails_ahead_is_raised_when_its_turn_comes() -> None:
+    def images(positions: np.ndarray, place: Place) -> torch.Tensor:
+        if place.number == 2:
+            raise RuntimeError("the disk is gone")
+        return torch.zeros(len(positions), 1)
+
+    batches = pair_batches(
+        CAPTIONS,
+        np.arange(103),
+        images,
+        lambda rows, _place: torch.zeros(len(rows), 1),
+        batch=25,
+        seed=0,
+        device=CPU,
+        prefetch=1,
+    )
+    assert [next(batches).number, next(batches).number] == [0, 1]
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        next(batches)
+    assert [thread.name for thread in threading.enumerate() if thread.name == "loader"] == []
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
