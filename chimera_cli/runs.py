@@ -369,6 +369,8 @@ def _how_to_make(kind: str) -> str:
         "sanity": "run `chimera train sanity --seed 0`",
         "bench-loader": "run `chimera bench loader`",
         "bench-encoders": "run `chimera bench encoders`",
+        "bench-prepare": "run `chimera bench prepare`",
+        "bench-retrieval": "run `chimera bench retrieval`",
     }
     return commands.get(kind, "`chimera runs list` shows what has been run")
 

@@ -33,7 +33,7 @@ def toy_home(toy_pack_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture(scope="session")
 def small_pack_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with a pack `small` of 240/60/60 toy scenes of 32 pixels, for tests that run the pretrained towers."""
-    from chimera_cli.data.pack import write_pack
+    from chimera_cli.data.pack_writer import write_pack
     from chimera_cli.data.sources.toy import draw_all, make_toy
 
     home = tmp_path_factory.mktemp("small-home")

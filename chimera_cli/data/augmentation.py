@@ -160,7 +160,8 @@ def _float_buffer(shape: tuple[int, ...]) -> NDArray[np.float32]:
 def _part(image: Tensor, box: Sequence[int], mirrored: bool, size: int) -> Tensor:
     """Return the box of an image (H, W, 3) uint8, scaled with antialiased bicubic: (size, size * 3) uint8."""
     top, left, height, width = box
-    part = image[top : top + height, left : left + width].permute(2, 0, 1).unsqueeze(0)
+    # One image with a dimension of its own before the channels move is what torch takes for channels last.
+    part = image[top : top + height, left : left + width].unsqueeze(0).permute(0, 3, 1, 2)
     if mirrored:
         part = part.flip(-1)
     if (height, width) != (size, size):

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 import re
-import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from chimera_cli.data.captions import word_count
 from chimera_cli.errors import ChimeraError, UsageError
-from chimera_cli.events import Listener, Note, Progress, ignore
-from chimera_cli.runs import cannot_write, content_hash, locked, read_json, utc_now, write_json
+from chimera_cli.events import Listener, Progress, ignore
+from chimera_cli.runs import content_hash, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "dev", "test")
@@ -98,17 +95,19 @@ class Pack:
 
     def column(self, name: str) -> list[Any]:
         """Return a column of the items table in the order of the images. Raises UsageError when there is none."""
-        if name not in self._items:
-            columns = ", ".join(sorted(self._items))
+        if name not in self._items.column_names:
+            columns = ", ".join(sorted(self._items.column_names))
             raise UsageError(f"the pack {self.name} has no column {name!r}", f"it has {columns}")
-        return list(self._items[name])
+        values: list[Any] = self._items[name].to_pylist()
+        return values
 
     def split_indices(self, split: str) -> np.ndarray:
         """Return the image indices of a split, (n,) int64 ascending. Raises UsageError for an unknown or empty one."""
         import numpy as np
+        import pyarrow.compute as pc
 
         name = split_name(split)
-        indices = np.flatnonzero(np.asarray(self._items["split"], dtype=object) == name).astype(np.int64)
+        indices = np.flatnonzero(pc.equal(self._items["split"], name).to_numpy()).astype(np.int64)
         if not len(indices):
             filled = ", ".join(split for split, counts in self.manifest["splits"].items() if counts["images"])
             raise UsageError(f"the pack {self.name} has no images in the split {name!r}", f"it has {filled}")
@@ -117,14 +116,14 @@ class Pack:
     def captions(self, split: str) -> CaptionTable:
         """Return the captions of a split, ordered by image and caption index; an empty table where there are none."""
         import numpy as np
+        import pyarrow as pa
 
         indices = self.split_indices(split)
-        images = np.asarray(self._captions["image_index"], dtype=np.int64)
         positions = np.full(len(self), -1, dtype=np.int64)
         positions[indices] = np.arange(len(indices))
-        rows = np.flatnonzero(positions[images] >= 0)
-        texts = self._captions["text"]
-        return CaptionTable(positions[images[rows]], tuple(texts[row] for row in rows.tolist()), len(indices))
+        places = positions[self._captions["image_index"].to_numpy()]
+        texts = self._captions["text"].filter(pa.array(places >= 0))
+        return CaptionTable(places[places >= 0], tuple(texts.to_pylist()), len(indices))
 
     def image_ids(self, split: str) -> np.ndarray:
         """Return one number per image of a split, (n,) int64; equal for images whose source files are identical.
@@ -133,16 +132,17 @@ class Pack:
         """
         import numpy as np
 
-        hashes = self._items["sha256"]
-        first = {sha: index for index, sha in reversed(list(enumerate(hashes)))}
-        return np.asarray([first[hashes[index]] for index in self.split_indices(split).tolist()], dtype=np.int64)
+        codes = self._items["sha256"].combine_chunks().dictionary_encode().indices.to_numpy()
+        _, first = np.unique(codes, return_index=True)  # codes are 0, 1, 2 ... in the order of their first images
+        ids: np.ndarray = first[codes[self.split_indices(split)]].astype(np.int64)
+        return ids
 
     @cached_property
-    def _items(self) -> dict[str, list[Any]]:
+    def _items(self) -> pa.Table:
         return _read_table(self.path / ITEMS, "image_index")
 
     @cached_property
-    def _captions(self) -> dict[str, list[Any]]:
+    def _captions(self) -> pa.Table:
         return _read_table(self.path / CAPTIONS, "image_index", "caption_index")
 
 
@@ -159,6 +159,59 @@ def check_pack_name(name: str) -> str:
     if not _NAME.fullmatch(name) or name in _RESERVED:
         raise UsageError(f"{name!r} can't be the name of a pack", "use letters, digits, dots, dashes and underscores")
     return name
+
+
+# ---- what a pack is made of -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An image to be written: its name in the source, its split, and whatever else the source says of it.
+
+    The split "" is left to the writer's `SplitRule`. Column values are whatever Arrow can hold.
+    """
+
+    source_file: str
+    split: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """A caption to be written; `image` is its image's position among the items, `index` counts within the image."""
+
+    image: int
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Picture:
+    """A decoded image: (size, size, 3) uint8, the SHA-256 of its source, width and height of the source in pixels.
+
+    `decoder` names the library that decoded it; empty where none did.
+    """
+
+    pixels: np.ndarray
+    sha256: str
+    width: int
+    height: int
+    decoder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands in the stream of images for one that can't be decoded."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An image of the source that is not in the pack, and why."""
+
+    source_file: str
+    reason: str
 
 
 # ---- finding and opening --------------------------------------------------------------------------------------------
@@ -289,8 +342,11 @@ def _header_problem(pack: Pack) -> str | None:
     return None
 
 
-def _read_table(path: Path, *order: str) -> dict[str, list[Any]]:
-    """Return the columns of a Parquet file as lists, sorted by the columns `order`."""
+def _read_table(path: Path, *order: str) -> pa.Table:
+    """Return a Parquet file as a table ordered by the columns `order`, as Chimera wrote it.
+
+    It stays in Arrow's memory, a tenth of what Python objects take: values are made of what is asked for alone.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -298,285 +354,17 @@ def _read_table(path: Path, *order: str) -> dict[str, list[Any]]:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise ChimeraError(f"{path} can't be read: {error}", "prepare the pack again") from error
-    columns: dict[str, list[Any]] = table.sort_by([(name, "ascending") for name in order]).to_pydict()
-    return columns
+    return table if _is_ordered(table, order) else table.sort_by([(name, "ascending") for name in order])
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Item:
-    """An image to be written: its name in the source, its split, and whatever else the source says of it."""
-
-    source_file: str
-    split: str
-    columns: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A caption to be written; `image` is its image's position among the items, `index` counts within the image."""
-
-    image: int
-    index: int
-    text: str
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """A decoded image: (size, size, 3) uint8, the SHA-256 of its source, width and height of the source in pixels."""
-
-    pixels: np.ndarray
-    sha256: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands in the stream of images for one that can't be decoded."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """An image of the source that is not in the pack, and why."""
-
-    source_file: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Row:
-    item: int
-    sha256: str
-    width: int
-    height: int
-
-
-def write_pack(
-    data_dir: Path,
-    *,
-    name: str,
-    source: str,
-    images: Iterable[Picture | Unreadable],
-    items: Sequence[Item],
-    captions: Sequence[Caption] = (),
-    size: int,
-    fit: Fit = "crop",
-    licence: str = "",
-    skipped: Sequence[Skipped] = (),
-    max_bad: float = 0.01,
-    source_digest: str = "",
-    listener: Listener = ignore,
-) -> Pack:
-    """Write the pack `data_dir/name` and return it; readers see the old one or the whole new one, never a half.
-
-    `images` yields one entry per item, in order; it is not touched where a pack of the same `source_digest` is there
-    already (that one is returned). Two writers of one pack wait for each other. Raises ChimeraError, and leaves
-    nothing, where more than the share `max_bad` of the images is unreadable or the disk does not take the files.
-    """
-    told: dict[str, Any] = {"name": check_pack_name(name), "source": source, "source_digest": source_digest}
-    told |= {"size": size, "fit": fit, "licence": licence}
-    with locked(data_dir / f".{name}.lock"):
-        temporary = _sweep(data_dir, name)
-        if kept := _unchanged(data_dir, name, source_digest, listener):
-            return kept
-        _check_space(data_dir, len(items) * size * size * 3)
-        try:
-            temporary.mkdir()
-            rows, bad = _write_images(temporary / IMAGES, images, items, size, listener)
-            _check_readable(bad, len(items), max_bad, listener)
-            told["skipped"] = [{"source_file": s.source_file, "reason": s.reason} for s in (*skipped, *bad)]
-            told |= _finish_files(temporary, items, rows, captions, listener)
-            return _publish(temporary, data_dir / name, told, listener)
-        except OSError as error:
-            raise cannot_write(Path(error.filename or temporary), error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sweep(data_dir: Path, name: str) -> Path:
-    """Clear what a killed writer left and return the temporary folder's path.
-
-    A pack that such a writer had set aside before putting the new one in its place comes back.
-    """
-    temporary, aside = data_dir / f".{name}.partial", data_dir / f".{name}.old"
-    shutil.rmtree(temporary, ignore_errors=True)
-    if aside.exists() and not (data_dir / name).exists():
-        aside.rename(data_dir / name)
-    shutil.rmtree(aside, ignore_errors=True)
-    return temporary
-
-
-def _unchanged(data_dir: Path, name: str, source_digest: str, listener: Listener) -> Pack | None:
-    """Return the pack that is there when it was made from `source_digest` and looks whole."""
-    try:
-        pack = open_pack(data_dir, name)
-    except ChimeraError:
-        return None
-    if not source_digest or pack.manifest["source_digest"] != source_digest:
-        return None
-    listener(Note(f"the pack {name} is up to date: same source, same options, nothing to do"))
-    return pack
-
-
-def _check_space(data_dir: Path, needed: int) -> None:
-    free = shutil.disk_usage(data_dir).free
-    if free < needed * 1.02:
-        raise ChimeraError(
-            f"{data_dir} has {free / 1e9:.1f} GB free and the pack needs {needed / 1e9:.1f} GB",
-            "free some space, choose a smaller --size, or set CHIMERA_HOME to another disk",
-        )
-
-
-def _write_images(
-    path: Path, images: Iterable[Picture | Unreadable], items: Sequence[Item], size: int, listener: Listener
-) -> tuple[list[_Row], list[Skipped]]:
-    """Write the readable images one after the other; return their rows and the unreadable ones.
-
-    Not through a memory map: a full disk is an OSError here and would be a fatal SIGBUS there.
-    """
+def _is_ordered(table: pa.Table, order: Sequence[str]) -> bool:
+    """Return whether the rows stand in the order of the integer columns `order`, the first of which weighs most."""
     import numpy as np
 
-    rows: list[_Row] = []
-    bad: list[Skipped] = []
-    every = max(len(items) // 200, 1)
-    with path.open("wb") as file:
-        _write_header(file, len(items), size)
-        for number, (item, image) in enumerate(zip(items, images, strict=True)):
-            if isinstance(image, Unreadable):
-                bad.append(Skipped(item.source_file, image.reason))
-            else:
-                if image.pixels.shape != (size, size, 3) or image.pixels.dtype != np.uint8:
-                    raise ValueError(f"{item.source_file}: {image.pixels.shape} {image.pixels.dtype} is no picture")
-                file.write(np.ascontiguousarray(image.pixels).data)
-                rows.append(_Row(number, image.sha256, image.width, image.height))
-            if (number + 1) % every == 0 or number + 1 == len(items):
-                listener(Progress("packing", number + 1, len(items)))
-        file.seek(0)
-        _write_header(file, len(rows), size)
-        file.flush()
-        os.fsync(file.fileno())
-    return rows, bad
-
-
-def _write_header(file: Any, images: int, size: int) -> None:
-    """Write the header of images.npy. numpy pads it so that its length does not depend on the number of images."""
-    import numpy as np
-
-    shape = (images, size, size, 3)
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-
-def _check_readable(bad: Sequence[Skipped], total: int, max_bad: float, listener: Listener) -> None:
-    if not bad:
-        return
-    first = f"{bad[0].source_file}: {bad[0].reason}"
-    if len(bad) > max_bad * total or len(bad) == total:
-        raise ChimeraError(
-            f"{len(bad):,} of {total:,} images can't be read, more than the {max_bad:.1%} allowed; first {first}",
-            "replace the damaged files, or allow a larger share with --max-bad",
-        )
-    listener(Note(f"skipped {len(bad):,} unreadable of {total:,} images ({first}); {MANIFEST} lists them", "warning"))
-
-
-def _write_tables(
-    folder: Path, items: Sequence[Item], rows: Sequence[_Row], captions: Sequence[Caption]
-) -> dict[str, str]:
-    """Write both tables and return a hash of each by its values, which no version of Parquet can change."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kept = [items[row.item] for row in rows]
-    extra = sorted({column for item in kept for column in item.columns})
-    index = {row.item: position for position, row in enumerate(rows)}
-    lines = sorted((index[c.image], c.index, c.text) for c in captions if c.image in index)
-    table = {
-        "image_index": pa.array(range(len(rows)), pa.int64()),
-        "source_file": pa.array([item.source_file for item in kept], pa.string()),
-        "split": pa.array([item.split for item in kept], pa.string()),
-        "sha256": pa.array([row.sha256 for row in rows], pa.string()),
-        "width": pa.array([row.width for row in rows], pa.int32()),
-        "height": pa.array([row.height for row in rows], pa.int32()),
-    } | {column: pa.array([item.columns.get(column) for item in kept]) for column in extra}
-    texts = {
-        "image_index": pa.array([line[0] for line in lines], pa.int64()),
-        "caption_index": pa.array([line[1] for line in lines], pa.int32()),
-        "text": pa.array([line[2] for line in lines], pa.string()),
-    }
-    pq.write_table(pa.table(table), folder / ITEMS)
-    pq.write_table(pa.table(texts), folder / CAPTIONS)
-    values = [
-        [item.source_file, item.split, row.sha256, row.width, row.height, dict(item.columns)]
-        for item, row in zip(kept, rows, strict=True)
-    ]
-    return {"items": content_hash(values), "captions": content_hash(lines)}
-
-
-def _finish_files(
-    folder: Path,
-    items: Sequence[Item],
-    rows: Sequence[_Row],
-    captions: Sequence[Caption],
-    listener: Listener,
-) -> dict[str, Any]:
-    """Write the tables beside the images and return the part of the manifest that follows from all that."""
-    hashes = _write_tables(folder, items, rows, captions)
-    kept = {row.item for row in rows}
-    texts = [caption for caption in captions if caption.image in kept]
-    words = [word_count(caption.text) for caption in texts]
-    per_image = Counter(caption.image for caption in texts)
-    image_counts = Counter(items[row.item].split for row in rows)
-    caption_counts = Counter(items[caption.image].split for caption in texts)
-    files = {name: _file_facts(folder / name, listener) for name in (IMAGES, ITEMS, CAPTIONS)}
-    content = {"images": files[IMAGES]["sha256"], **hashes}
-    spread = [per_image.get(row.item, 0) for row in rows]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "created_at": utc_now(),
-        "fingerprint": fingerprint(content),
-        "image_count": len(rows),
-        "caption_count": len(texts),
-        "splits": {
-            split: {"images": image_counts[split], "captions": caption_counts[split]} for split in (*SPLITS, UNUSED)
-        },
-        "captions_per_image": {"least": min(spread), "most": max(spread)},
-        "caption_words": {"least": min(words), "mean": sum(words) / len(words), "most": max(words)} if words else None,
-        "columns": sorted({column for row in rows for column in items[row.item].columns}),
-        "content": content,
-        "files": files,
-    }
-
-
-def _file_facts(path: Path, listener: Listener) -> dict[str, Any]:
-    stat = path.stat()
-    return {
-        "sha256": hash_file(path, listener, 0, stat.st_size if path.name == IMAGES else 0),
-        "bytes": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-    }
-
-
-def _publish(temporary: Path, target: Path, manifest: Mapping[str, Any], listener: Listener) -> Pack:
-    """Put the finished folder in its place, unless the pack that is there holds the very same content."""
-    data_dir, name = target.parent, target.name
-    try:
-        there: Pack | None = open_pack(data_dir, name)
-    except ChimeraError:
-        there = None
-    if there and there.fingerprint == manifest["fingerprint"]:
-        kept = dict(there.manifest, **{key: manifest[key] for key in ("source_digest", "skipped", "fit", "licence")})
-        write_json(target / MANIFEST, kept)
-        listener(Note(f"the pack {name} is up to date: the source was touched, its content is the same"))
-        return Pack(name, target, kept)
-    write_json(temporary / MANIFEST, manifest)
-    aside = data_dir / f".{name}.old"
-    if target.exists():
-        target.rename(aside)
-        listener(Note(f"the pack {name} had other content and was replaced", "warning"))
-    temporary.rename(target)
-    shutil.rmtree(aside, ignore_errors=True)
-    return Pack(name, target, manifest)
+    tied = np.ones(max(len(table) - 1, 0), dtype=bool)
+    for name in order:
+        steps = np.diff(table[name].to_numpy())
+        if (steps[tied] < 0).any():
+            return False
+        tied &= steps == 0
+    return True

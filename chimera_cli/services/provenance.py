@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from chimera_cli.data.pack import Pack
 
 # What decides figures; the whole set is in requirements.lock, whose hash is recorded beside them.
-_PACKAGES = ("torch", "timm", "transformers", "tokenizers", "numpy", "pillow", "pyarrow", "safetensors", "mlflow")
+_PACKAGES = (
+    "torch",
+    "timm",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "pyarrow",
+    "safetensors",
+    "mlflow",
+)
 
 
 def pack_facts(pack: "Pack") -> dict[str, Any]:
@@ -28,7 +39,11 @@ def pack_facts(pack: "Pack") -> dict[str, Any]:
 
 
 def group_facts(command: str, pack: "Pack | None", config: Mapping[str, Any], device: "torch.device") -> dict[str, Any]:
-    """Return what group.json says beside kind, status and times: command, pack, hashes, hardware, version."""
+    """Return what group.json says beside kind, status and times: command, pack, hashes, hardware, version.
+
+    `plan` is there where the command applies a step of a contingency plan.
+    """
+    plan = plan_facts(command)
     return {
         "command": command,
         "pack": None if pack is None else pack_facts(pack),
@@ -36,7 +51,23 @@ def group_facts(command: str, pack: "Pack | None", config: Mapping[str, Any], de
         "source_hash": source_hash(),
         "hardware": hardware(device),
         "chimera_version": __version__,
+        **({"plan": plan} if plan else {}),
     }
+
+
+def plan_facts(command: str) -> dict[str, Any] | None:
+    """Return the contingency step that a command applies: objective, action, the file of both; None without one.
+
+    Of several `--plan OBJECTIVE/ACTION` it is the last; those `before` it stay in force.
+    """
+    from chimera_cli.slo.contingency import option, planned
+
+    steps = planned(command)
+    if not steps:
+        return None
+    objective, _, action = steps[-1].partition("/")
+    slo = option(command, "--slo") or "configs/slo.yaml"
+    return {"objective": objective, "action": action, "slo": slo, "before": list(steps[:-1])}
 
 
 def environment(device: "torch.device") -> dict[str, Any]:

@@ -189,6 +189,8 @@ def _bar_reading(bar: Bar, now: float, wide: bool, over: bool) -> Text:
     if wide:
         text.append(f"{bar.done:,} of {bar.total:,}  ")
     text.append(f"{100 * bar.share:.0f} %")
+    if wide and bar.per_s is not None:
+        text.append(f"  {bar.per_s:,.{0 if bar.per_s >= 10 else 1}f} {bar.unit}/s")
     left = bar.seconds_left(now)
     return text.append("" if left is None else f"  {clock(left)} left", style=_DIM)
 

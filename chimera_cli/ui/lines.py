@@ -67,6 +67,8 @@ def progress_line(state: DashboardState, event: Event, now: float) -> str:
         parts += [format_value(name, event.metrics[name]) for name in rates]
         rsum = state.latest.figures.get("rsum") if state.latest else None
         parts += [f"{state.latest.split} rsum {rsum:.3f}"] if state.latest and rsum is not None else []
+    elif bar.per_s is not None:
+        parts.append(f"{bar.per_s:,.0f} {bar.unit}/s")
     left = bar.seconds_left(now)
     return ", ".join([*parts, *([f"{clock(left)} left"] if left is not None else [])])
 

@@ -72,6 +72,12 @@ class Bar:
         """Return how long the stage has taken up to its last change."""
         return self.changed_at - self.began_at
 
+    @property
+    def per_s(self) -> float | None:
+        """Return the units done in a second so far; None where that can't be said yet."""
+        gained = self.done - self.began_with
+        return gained / self.seconds if gained > 0 and self.seconds > 0 else None
+
     def advanced(self, done: int, total: int, now: float) -> "Bar":
         """Return the bar after its stage has come to `done` at `now`."""
         return replace(self, done=done, total=total, changed_at=now)

@@ -1,33 +1,24 @@
 """Packs: what is written is what is read, nobody ever sees half of one, and damage is found and named."""
 
-import errno
 import os
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from chimera_cli.data import pack as pack_module
 from chimera_cli.data.pack import (
     Caption,
     Item,
     Pack,
     Picture,
-    Skipped,
-    Unreadable,
     default_pack,
-    list_packs,
     open_pack,
     split_name,
     verify_pack,
-    write_pack,
 )
+from chimera_cli.data.pack_writer import write_pack
 from chimera_cli.errors import ChimeraError, UsageError
-from chimera_cli.events import Event, Note
 
 SIZE = 8
 SPLITS = ("test", "train", "dev", "train", "unused")
@@ -92,29 +83,6 @@ def test_identical_sources_share_an_id(tmp_path: Path) -> None:
     assert pack.image_ids("dev").tolist() == [2]
 
 
-def test_unreadable_images_are_left_out_and_listed(tmp_path: Path) -> None:
-    told: list[Event] = []
-    stream = [picture(0), Unreadable("cut"), picture(2), picture(3), picture(4)]
-    pack = make(tmp_path, images=stream, max_bad=0.2, skipped=[Skipped("x.jpg", "no caption")], listener=told.append)
-    assert pack.images[:, 0, 0, 0].tolist() == [0, 2, 3, 4]
-    assert pack.split_indices("train").tolist() == [2]
-    assert pack.captions("train").texts == ("d zero", "d one", "d two")
-    assert pack.manifest["skipped"] == [
-        {"source_file": "x.jpg", "reason": "no caption"},
-        {"source_file": "1.jpg", "reason": "cut"},
-    ]
-    assert any(isinstance(event, Note) and "1.jpg: cut" in event.message for event in told)
-    assert verify_pack(pack) == []
-
-
-def test_too_many_unreadable_images_are_an_error(tmp_path: Path) -> None:
-    stream = [picture(0), Unreadable("cut"), picture(2), picture(3), picture(4)]
-    with pytest.raises(ChimeraError, match=r"1 of 5 images can't be read.*1\.jpg: cut") as caught:
-        make(tmp_path, images=stream, max_bad=0.19)
-    assert "--max-bad" in caught.value.hint
-    assert visible(tmp_path) == []
-
-
 def test_the_fingerprint_names_the_content_alone(tmp_path: Path) -> None:
     first, second = make(tmp_path / "a", "one"), make(tmp_path / "b", "two", source="toy", fit="pad")
     assert first.fingerprint == second.fingerprint
@@ -125,108 +93,6 @@ def test_the_fingerprint_names_the_content_alone(tmp_path: Path) -> None:
     ]
     for number, change in enumerate(changes):
         assert make(tmp_path / str(number), **change).fingerprint != first.fingerprint
-
-
-def test_the_same_source_again_changes_nothing(tmp_path: Path) -> None:
-    def never() -> Any:
-        raise AssertionError("the images were read again")
-        yield
-
-    told: list[Event] = []
-    first = make(tmp_path, source_digest="d1")
-    before = {path.name: path.stat().st_mtime_ns for path in first.path.iterdir()}
-    again = make(tmp_path, images=never(), source_digest="d1", listener=told.append)
-    assert again.manifest == first.manifest
-    assert {path.name: path.stat().st_mtime_ns for path in first.path.iterdir()} == before
-    assert any(isinstance(event, Note) and "up to date" in event.message for event in told)
-
-
-def test_a_touched_source_with_the_same_content_keeps_the_pack(tmp_path: Path) -> None:
-    first = make(tmp_path, source_digest="d1")
-    again = make(tmp_path, source_digest="d2")
-    assert again.manifest["created_at"] == first.manifest["created_at"]
-    assert open_pack(tmp_path, "tiny").manifest["source_digest"] == "d2"
-
-
-def test_other_content_replaces_the_pack_and_a_damaged_one_is_made_anew(tmp_path: Path) -> None:
-    make(tmp_path, source_digest="d1")
-    replaced = make(tmp_path, images=[picture(9)] * 5, source_digest="d2")
-    assert replaced.images[0, 0, 0, 0] == 9
-    (replaced.path / "images.npy").write_bytes(b"")
-    assert make(tmp_path, images=[picture(9)] * 5, source_digest="d2").images[4, 0, 0, 0] == 9
-    assert visible(tmp_path) == ["tiny"]
-
-
-def test_leftovers_of_a_killed_writer_are_cleared_and_its_old_pack_comes_back(tmp_path: Path) -> None:
-    first = make(tmp_path, source_digest="d1")
-    first.path.rename(tmp_path / ".tiny.old")
-    (tmp_path / ".tiny.partial").mkdir()
-    (tmp_path / ".tiny.partial" / "images.npy").write_bytes(b"half")
-    assert list_packs(tmp_path) == []
-    assert make(tmp_path, source_digest="d1").manifest == first.manifest
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".tiny.lock", "tiny"]
-
-
-def test_two_writers_never_mix(tmp_path: Path) -> None:
-    gate = threading.Barrier(2)
-
-    def writer(value: int) -> None:
-        gate.wait()
-        make(tmp_path, images=(picture(value) for _ in range(5)))
-
-    threads = [threading.Thread(target=writer, args=(value,)) for value in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    pack = open_pack(tmp_path, "tiny")
-    assert len(np.unique(pack.images)) == 1
-    assert verify_pack(pack) == []
-
-
-def test_a_disk_that_takes_no_more_leaves_nothing(tmp_path: Path) -> None:
-    # The limit on a file's size stands in for the full disk: real writes that really fail, halfway into images.npy.
-    script = f"""
-import resource, signal, numpy as np
-from pathlib import Path
-from chimera_cli.data.pack import Item, Picture, write_pack
-from chimera_cli.errors import ChimeraError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-image = Picture(np.zeros((64, 64, 3), dtype=np.uint8), "", 64, 64)
-try:
-    items = [Item("i", "train")] * 40
-    write_pack(Path({str(tmp_path)!r}), name="p", source="s", images=[image] * 40, items=items, size=64)
-except ChimeraError as error:
-    print(error.message)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "can't be written: File too large" in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".p.lock"]
-
-
-def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(pack_module.shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(ChimeraError, match="free and the pack needs"):
-        make(tmp_path)
-
-
-def test_an_error_number_becomes_a_sentence_with_its_hint(tmp_path: Path) -> None:
-    def full() -> Any:
-        yield picture(0)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with pytest.raises(ChimeraError, match="No space left on device") as caught:
-        make(tmp_path, images=full())
-    assert "CHIMERA_HOME" in caught.value.hint
-    assert visible(tmp_path) == []
-
-
-def test_a_folder_that_can_not_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "data").write_text("a file where the folder should be")
-    with pytest.raises(ChimeraError, match="data"):
-        make(tmp_path / "data")
 
 
 @pytest.mark.parametrize("name", ["images.npy", "items.parquet", "captions.parquet"])
@@ -308,7 +174,3 @@ def test_unknown_columns_and_empty_splits_are_usage_errors(tmp_path: Path) -> No
         pack.split_indices("test")
     with pytest.raises(UsageError, match="no column 'label'"):
         pack.column("label")
-
-
-def visible(data_dir: Path) -> list[str]:
-    return sorted(path.name for path in data_dir.iterdir() if not path.name.endswith(".lock"))
