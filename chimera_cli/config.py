@@ -62,38 +62,73 @@ class Heads(Frozen):
 
 
 class Loss(Frozen):
-    """Which contrastive loss, and the temperature it starts from (logit scale = 1 / temperature)."""
+    """Which contrastive loss, and the temperature it starts from (logit scale = 1 / temperature).
+
+    `hardness` above 0 lets the negatives that look most like positives count for more.
+    """
 
     kind: Literal["infonce", "sigmoid"] = "infonce"
     temperature: Positive = 0.07
     label_smoothing: Share = 0.0
+    hardness: NotNegative = 0.0
 
 
 class Optimiser(Frozen):
-    """AdamW with warm-up and cosine decay; rates by part, `clip_norm` 0 switches clipping off."""
+    """AdamW with warm-up; rates by part, `clip_norm` 0 switches clipping off.
+
+    Each layer of a tower learns at `layer_decay` times the rate of the one above it. `schedule` falls as a cosine, or
+    stays constant until the last `decay_share` of the updates.
+    """
 
     lr_heads: Positive = 1e-3
     lr_image: Positive = 1e-4
     lr_text: Positive = 1e-4
+    layer_decay: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] = 1.0
     weight_decay: NotNegative = 0.05
     warmup_share: Share = 0.1
+    schedule: Literal["cosine", "constant"] = "cosine"
+    decay_share: Share = 0.2
     clip_norm: NotNegative = 1.0
 
 
 class Augmentation(Frozen):
     """What happens to training images; for a locked image tower `flip` is a second cached view.
 
-    With `flip` an image's feature is the mean over both views whenever the model is used.
+    With `flip` an image's feature is the mean over both views whenever the model is used. Crops cover at least the
+    share `crop_scale` of an image; `colour_jitter` s changes brightness, contrast and saturation by factors of 1 ± s.
+    A locked image tower sees `views` of each image, computed once: the plain one, with `flip` the mirrored one, and
+    random crops beyond these; with `flip` there are always two.
     """
 
     crop_scale: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] = 1.0
     flip: bool = False
+    colour_jitter: Share = 0.0
+    views: int = Field(1, ge=1, le=16)
+
+    @property
+    def random_views(self) -> int:
+        """Cached views beyond the plain and the mirrored one."""
+        return max(0, self.views - (2 if self.flip else 1))
 
 
 class TrainConfig(Frozen):
-    """All of `chimera train full`."""
+    """All of `chimera train full`.
+
+    `stream`: a folder or pattern of WebDataset shards such as `shards/{00000..00099}.tar`, whose pairs are trained on
+    in place of the pack's train split; dev stays the pack's. `stream_buffer` samples are mixed at a time, and the share
+    `stream_max_bad` of the images may be unreadable.
+
+    `micro_batch` pairs are in memory with their activations at a time, null for the whole batch: the gradient is the
+    same. `checkpointing` computes activations again instead of keeping them. `ema` is the decay of the average of the
+    weights that is evaluated and kept, 0 for none. Checkpoints to go on from are written every `save_every_updates`
+    (null: never for that) and `save_every_minutes`, after the best evaluation and when interrupted; `keep` of them
+    stay. `vram_limit_gb` makes the allocator refuse more than the card that is planned for has.
+    """
 
     data: str | None = None
+    stream: str | None = Field(None, min_length=1)
+    stream_buffer: int = Field(1000, ge=1)
+    stream_max_bad: Share = 0.01
     image: ImageTower = ImageTower()
     text: TextTower = TextTower()
     heads: Heads = Heads()
@@ -103,15 +138,27 @@ class TrainConfig(Frozen):
     feature_noise: NotNegative = 0.0
     epochs: int = Field(20, ge=1)
     batch: int = Field(500, ge=2)
+    micro_batch: int | None = Field(None, ge=1)
+    checkpointing: bool = False
+    ema: Share = 0.0
     patience: int = Field(5, ge=1)
+    save_every_updates: int | None = Field(None, ge=1)
+    save_every_minutes: Positive = 10.0
+    keep: int = Field(2, ge=1)
+    vram_limit_gb: Positive | None = None
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     @model_validator(mode="after")
     def _locks_make_sense(self) -> "TrainConfig":
-        if self.image.locked and self.augmentation.crop_scale < 1:
+        _check_views(self.augmentation, self.image.locked, self.stream is not None)
+        from_scratch = self.image.weights == "tiny"
+        if from_scratch and (self.checkpointing or (self.micro_batch or self.batch) < self.batch):
+            key = "checkpointing: true" if self.checkpointing else "a micro_batch below the batch"
+            raise ValueError(f"{key} needs frozen statistics, and an image tower from scratch has none yet")
+        if self.stream is not None and self.feature_noise > 0:
             raise ValueError(
-                "augmentation.crop_scale below 1 needs image.locked: false (locked features are computed once)"
+                "feature_noise needs the cached features of a whole set: set feature_noise: 0 with a stream"
             )
         if (self.image.locked and self.image.weights == "tiny") or (
             self.text.learn_layers is not None and self.text.weights == "tiny"
@@ -120,6 +167,29 @@ class TrainConfig(Frozen):
                 "a tiny tower starts from scratch and can't be locked: set image.locked: false, text.learn_layers: null"
             )
         return self
+
+
+def _check_views(looks: Augmentation, locked: bool, streamed: bool) -> None:
+    """Raise ValueError where what is asked for would change nothing: features of a locked tower are computed once."""
+    changing = looks.crop_scale < 1 or looks.colour_jitter > 0
+    key = "crop_scale below 1" if looks.crop_scale < 1 else "colour_jitter above 0"
+    if looks.views > 1 and not locked:
+        raise ValueError(
+            "augmentation.views above 1 needs image.locked: true (a tower that learns sees new ones anyway)"
+        )
+    if looks.views > 1 and streamed:
+        raise ValueError("augmentation.views above 1 needs the cached features of a whole set, which a stream has not")
+    if locked and changing and not looks.random_views:
+        enough = 3 if looks.flip else 2
+        raise ValueError(
+            f"augmentation.{key} needs image.locked: false, or augmentation.views: {enough} or more"
+            " (locked features are computed once)"
+        )
+    if looks.random_views and not changing:
+        raise ValueError(
+            f"augmentation.views: {looks.views} needs crop_scale below 1 or colour_jitter above 0:"
+            " the further views would be like the first"
+        )
 
 
 class SanityConfig(Frozen):
@@ -173,17 +243,23 @@ def _merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file. Raises UsageError naming file and line where it is none."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = _load_yaml(text)
     except FileNotFoundError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(near)}?" if near else "configs/ holds the files that ship with chimera"
         raise UsageError(f"{path} does not exist", hint) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} can't be read: {error}", "give a YAML text file") from error
+    except _KeyTwiceError as error:
+        raise UsageError(f"{path}:{error}", "keep one of the two; the parser would take the last") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is nested too deeply to be read", "a config has a few levels") from error
     except (yaml.YAMLError, ValueError) as error:
         # ValueError: a date such as 2024-13-45, which the parser takes for one.
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        # An end that comes too soon is told of the line behind the last one.
+        where = f"{path}:{min(mark.line + 1, len(text.splitlines()))}" if mark else str(path)
         raise UsageError(
             f"{where} is not valid YAML: {getattr(error, 'problem', error)}", "check the indentation"
         ) from error
@@ -192,6 +268,57 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds no keys", "a config is a mapping such as `epochs: 20`")
     return value
+
+
+# The parser in C, where PyYAML was built with it, is about ten times as fast.
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _KeyTwiceError(Exception):
+    """A mapping holds a key twice; the message begins with the line of the second."""
+
+
+def _load_yaml(text: str) -> Any:
+    """Return what a YAML text means. Raises _KeyTwiceError where a mapping holds a key twice."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _refuse_keys_twice(root, loader)
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _refuse_keys_twice(root: yaml.Node, loader: Any) -> None:
+    """Look through all mappings as they are written: what `<<` merges may be overridden, a key of one's own not."""
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        # An alias is the node of its anchor again.
+        if id(node) in seen or isinstance(node, yaml.ScalarNode):
+            continue
+        seen.add(id(node))
+        if not isinstance(node, yaml.MappingNode):
+            waiting += node.value
+            continue
+        lines: dict[Any, int] = {}
+        for key, value in node.value:
+            waiting.append(value)
+            name = _key_of(key, loader)
+            line = key.start_mark.line + 1
+            if name in lines:
+                raise _KeyTwiceError(f"{line} has the key {key.value!r} again, it is in line {lines[name]} already")
+            lines[name] = line
+
+
+def _key_of(node: yaml.Node, loader: Any) -> Any:
+    """Return what tells two keys apart: 1 and 0x1 are one. What can't be a key is refused when it is constructed."""
+    if not isinstance(node, yaml.ScalarNode) or node.tag == "tag:yaml.org,2002:merge":
+        return (node.tag, node.value) if isinstance(node, yaml.ScalarNode) else id(node)
+    return loader.construct_object(node, deep=True)
 
 
 def validate(model: type[C], values: Mapping[str, Any], origin: str) -> C:
@@ -262,6 +389,27 @@ def _apply(values: dict[str, Any], change: str) -> None:
         values[last] = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"--set {change!r} has a value that is not YAML", "quote text that holds : or #") from error
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return one phrase such as `optimiser.lr_heads 0.001 (now 0.01)` for each key that differs, nested ones too."""
+    before, after = _flat(then), _flat(now)
+    changed = [key for key in {**before, **after} if before.get(key, _ABSENT) != after.get(key, _ABSENT)]
+    return [f"{key} {_shown(before, key)} (now {_shown(after, key)})" for key in changed]
+
+
+_ABSENT = object()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return yaml.safe_dump(values[key]).splitlines()[0] if key in values else "absent"
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -118,7 +118,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ChimeraError(f"{path} does not exist", "`chimera runs list` shows what has been run") from error
     except OSError as error:
         raise ChimeraError(f"{path} can't be read: {error.strerror}", "check the file's permissions") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        # RecursionError: thousands of brackets within each other.
         raise ChimeraError(
             f"{path} is not valid JSON: {error}", "the file was cut off or edited; run it again"
         ) from error
@@ -142,7 +143,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise ChimeraError(f"{path}:{number} is not valid JSON", "the file was edited; run it again") from error
     return rows
@@ -271,11 +272,12 @@ def finish_group(group: Group, status: Status) -> Group:
 def count_test_look(group: Group) -> int:
     """Count one more look at the test split in group.json and return how many there have been."""
     with locked(group.path / ".lock"):
-        facts = _rewrite(group.path / "group.json", lambda before: {"test_looks": _looks(before) + 1})
-    return _looks(facts)
+        facts = _rewrite(group.path / "group.json", lambda before: {"test_looks": looks_at_test(before) + 1})
+    return looks_at_test(facts)
 
 
-def _looks(facts: Mapping[str, Any]) -> int:
+def looks_at_test(facts: Mapping[str, Any]) -> int:
+    """Return how often the test split was looked at, from the facts of a group; 0 where an edit left no number."""
     looks = facts.get("test_looks")
     return looks if type(looks) is int else 0
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from chimera_cli.config import SanityConfig, TrainConfig
-from chimera_cli.runs import Group, create_group, finish_group, write_sealed_json, write_text
+from chimera_cli.runs import MADE_WITH, Group, create_group, finish_group, write_sealed_json, write_text
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LAW, TOY = CONFIGS / "slo.yaml", CONFIGS / "slo-toy.yaml"
@@ -64,6 +64,8 @@ def add_evaluation(group: Group, seed: int, split: str = "dev", images: int = 10
     pack = {key: group.facts["pack"][key] for key in ("name", "fingerprint")}
     path = group.seed_dir(seed) / "evaluations" / f"{pack['name']}-{split}.json"
     document = {"schema_version": 1, "pack": pack, "split": split, "seed": seed, "images": images, "figures": RECALL}
+    document |= {"source_hash": group.facts["source_hash"], "group": group.name, "checkpoint_sha256": "c" * 64}
+    document |= {"made_with": {key: group.facts.get(key) for key in MADE_WITH}}
     write_sealed_json(path, document | changes)
     return path
 

@@ -145,3 +145,28 @@ def test_the_proof_of_life_refuses_a_locked_tower() -> None:
 def test_what_the_yaml_parser_itself_trips_over_is_told_in_a_sentence() -> None:
     with pytest.raises(UsageError, match="not YAML"):
         load_config(SanityConfig, None, ["data=2024-13-45"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batch: 1\nepochs: 2\nbatch: 3\n", ":3 has the key 'batch' again, it is in line 1 already"),
+        ("a:\n  - {b: 1, b: 2}\n", ":2 has the key 'b' again, it is in line 2 already"),
+        ('a: 1\n"a": 2\n', ":2 has the key 'a' again"),
+        ("1: a\n0x1: b\n", ":2 has the key '0x1' again"),
+        ("a: &x {b: 1}\nc: {<<: *x, <<: *x}\n", ":2 has the key '<<' again"),
+        ("? {a: 1, a: 2}\n: 3\n", " is not valid YAML"),
+        ("a: " + "[" * 3000, "nested too deeply|not valid YAML"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused_with_its_line(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        read_yaml(written(tmp_path, text))
+
+
+def test_what_a_merge_brings_may_be_overridden_and_aliases_may_repeat(tmp_path: Path) -> None:
+    text = "base: &b {x: 1, y: 2}\none: {<<: *b, y: 3}\ntwo: *b\nlist: [*b, *b]\n"
+    base = {"x": 1, "y": 2}
+    assert read_yaml(written(tmp_path, text)) == {
+        "base": base, "one": {"x": 1, "y": 3}, "two": base, "list": [base, base],
+    }  # fmt: skip

@@ -288,3 +288,10 @@ def test_hashes_follow_content_alone() -> None:
     assert content_hash({"a": 1}) != content_hash({"a": 2})
     assert source_hash() == source_hash()
     assert len(source_hash()) == 64
+
+
+def test_json_that_is_nested_too_deeply_is_no_crash(tmp_path: Path) -> None:
+    path = tmp_path / "deep.json"
+    path.write_text('{"a": ' + "[" * 100_000, encoding="utf-8")
+    with pytest.raises(ChimeraError, match="is not valid JSON"):
+        read_json(path)

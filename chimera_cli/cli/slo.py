@@ -1,5 +1,7 @@
 """`chimera slo`: verdicts on a run, and what to do about a breach."""
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,10 +10,13 @@ import typer
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from chimera_cli.cli.common import Json, emit, new_app
+from chimera_cli.cli.common import Json, emit, new_app, write
 from chimera_cli.cli.slo_history import diff_command, history_command
 from chimera_cli.errors import ExitCode, UsageError
 from chimera_cli.runs import home
+
+# Columns of a terminal below which the intervals and margins of a check are left out; --explain and --json have them.
+_WHOLE_TABLE = 90
 
 app = new_app("Hold a run against the service level objectives, and plan what to do about a breach.")
 
@@ -83,9 +88,9 @@ def _show(result: Mapping[str, Any], form: str, explained: bool = False) -> None
     from chimera_cli.services.slo_lines import harmless
 
     if form in FORMATS:
-        typer.echo(FORMATS[form](result).rstrip("\n"))
+        write(FORMATS[form](result).rstrip("\n") + "\n")
     elif form == "script":
-        typer.echo(_script(harmless(result)))
+        write(_script(harmless(result)) + "\n")
     elif explained:
         _print_whole(_explanation(harmless(result)))
     else:
@@ -115,16 +120,24 @@ def _verdicts(result: Mapping[str, Any]) -> RenderableType:
             rows.append([name, verdict, *cells, _margin(condition)])
             name, verdict = "", word("")
     columns = ["law", "verdict", "figure", "measured", "95 % interval", "limit", "margin"]
-    table = result_table("", columns, rows)
+    shown = [0, 1, 2, 3, 5] if _is_narrow() else range(len(columns))
+    table = result_table("", [columns[i] for i in shown], [[row[i] for i in shown] for row in rows])
     table.columns[1].no_wrap = True
     return Group(*_heading(result, title(result)), table)
+
+
+def _is_narrow() -> bool:
+    """Return whether the whole table has no room; in a pipe without COLUMNS `emit` keeps to no width."""
+    return (sys.stdout.isatty() or "COLUMNS" in os.environ) and Console().width < _WHOLE_TABLE
 
 
 def _print_whole(lines: Sequence[str | Text]) -> None:
     """Print lines without breaking them: commands and paths in them are there to be copied."""
     console = Console()
-    for line in lines:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    with console.capture() as capture:
+        for line in lines:
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+    write(capture.get())
 
 
 def _heading(result: Mapping[str, Any], title: str) -> list[RenderableType]:

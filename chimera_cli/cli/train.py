@@ -1,22 +1,30 @@
 """`chimera train`: proof of life and real training."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import RenderableType
 
 from chimera_cli.cli.common import Json, emit, live, new_app
-from chimera_cli.errors import ExitCode
+from chimera_cli.errors import ExitCode, UsageError
+from chimera_cli.events import Listener, ignore
 from chimera_cli.figures import FIGURES, RETRIEVAL, format_spread, format_value
-from chimera_cli.runs import home
+from chimera_cli.runs import Group, home
 
 app = new_app("Train a dual encoder: first the proof of life, then the real thing.")
 
 Data = Annotated[str | None, typer.Option(help="Pack to train on; without it the newest that is not `toy`.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Change one config key: key.sub=value. May be repeated.")]
+Plan = Annotated[
+    list[str] | None,
+    typer.Option("--plan", help="Take a step of the contingency plan, OBJECTIVE/ACTION. It outranks --set."),
+]
+SloFile = Annotated[Path | None, typer.Option("--slo", help="File of the plan; without it configs/slo.yaml.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with the whole config.")]
 
 
@@ -29,16 +37,19 @@ def sanity(
     shuffled: Annotated[
         bool, typer.Option("--shuffled", help="Pair images with wrong captions: the control that must fail.")
     ] = False,
+    plan: Plan = None,
+    slo: SloFile = None,
     as_json: Json = False,
 ) -> None:
     """Proof of life: 200 updates of both towers; the loss must fall for the right reason. Exit 3 when it does not."""
     from chimera_cli.config import SanityConfig, load_config
-    from chimera_cli.services.provenance import command_line
     from chimera_cli.services.train import train_sanity
 
-    resolved = load_config(SanityConfig, config, _with_data(changes, data))
+    given = _with_data(changes, data)
+    steps, command = _planned(slo, plan, "sanity", config, given)
+    resolved = load_config(SanityConfig, config, [*given, *steps])
     with live("proof of life", wall_s=1500, vram_peak_gb=7.5) as listener:
-        result = train_sanity(home(), resolved, seed, command_line(), listener, shuffled)
+        result = train_sanity(home(), resolved, seed, command, listener, shuffled)
     emit(result, as_json, _sanity_table)
     if not result["details"]["passed"]:
         raise typer.Exit(ExitCode.BREACHED)
@@ -46,26 +57,102 @@ def sanity(
 
 @app.command("full")
 def full(
-    config: Annotated[Path, typer.Option("--config", help="YAML file with the whole recipe.")],
-    seeds: Annotated[str, typer.Option(help="Seeds, one run each: 0,1,2.")] = "0,1,2",
+    config: ConfigFile = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, one run each; 0,1,2 without it.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with a run that was stopped: its name, or `latest` for the last begun.")
+    ] = None,
     data: Data = None,
     changes: Set = None,
+    plan: Plan = None,
+    slo: SloFile = None,
+    contingency: Annotated[
+        Literal["off", "auto"],
+        typer.Option(help="auto: less memory where it runs out; back and half the rates where the loss is no number."),
+    ] = "off",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will take, and train nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Real training: one group with one run per seed, the best checkpoint of each chosen on dev."""
+    """Real training: one group with one run per seed, the best checkpoint of each chosen on dev.
+
+    Stopped by Ctrl-C or SIGTERM it finishes its step and saves; --resume goes on from there. `torchrun
+    --nproc-per-node N -m chimera_cli train full ...` shares the work between N processes, with the result of one.
+    """
     from chimera_cli.config import TrainConfig, load_config, parse_seeds
-    from chimera_cli.services.provenance import command_line
+    from chimera_cli.services.estimate import estimate_full
     from chimera_cli.services.train import train_full
 
-    resolved = load_config(TrainConfig, config, _with_data(changes, data))
-    wanted = parse_seeds(seeds)
-    with live(f"train {config.stem}", vram_peak_gb=7.5) as listener:
-        result = train_full(home(), resolved, wanted, config.stem, command_line(), listener)
-    emit(result, as_json, _full_table)
+    group, recipe = _recipe(config, resume)
+    given = _with_data(changes, data)
+    steps, command = _planned(slo, plan, "train", recipe, given)
+    resolved = load_config(TrainConfig, recipe, [*given, *steps])
+    if dry_run:
+        emit(estimate_full(home(), resolved), as_json, _estimate_table)
+        return
+    wanted = group.seeds if group is not None and seeds is None else parse_seeds(seeds or "0,1,2")
+    title = recipe.stem if group is None else group.name
+    with _leading_live(f"train {title}") as listener:
+        result = train_full(home(), resolved, wanted, recipe.stem, command, listener, group, contingency)
+    if _leads():
+        emit(result, as_json, _full_table)
+
+
+def _recipe(config: Path | None, resume: str | None) -> tuple[Group | None, Path]:
+    """Return the group to go on with, if any, and the file with the settings: of the run where none is named."""
+    if resume is None:
+        if config is None:
+            raise UsageError(
+                "a recipe is missing", "--config configs/train/locked.yaml, or --resume RUN to go on with a run"
+            )
+        return None, config
+    from chimera_cli.services.resume import recorded_config, resumable_group
+
+    group = resumable_group(home(), resume)
+    return group, config or recorded_config(group)
+
+
+def _leads() -> bool:
+    """Whether this is the process that shows and prints, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _leading_live(title: str) -> Iterator[Listener]:
+    if not _leads():
+        yield ignore
+        return
+    with live(title, vram_peak_gb=7.5) as listener:
+        yield listener
 
 
 def _with_data(changes: list[str] | None, data: str | None) -> list[str]:
     return [*(changes or []), *([] if data is None else [f"data={json.dumps(data)}"])]
+
+
+def _planned(
+    slo: Path | None, names: list[str] | None, kind: Literal["train", "sanity"], config: Path | None, given: list[str]
+) -> tuple[list[str], str]:
+    """Return what the steps of the contingency plan set, as `--set` takes it, and the command with their full names.
+
+    Steps such as "halve" take the values of `config` with the changes `given`. The command is what the run records, so
+    that `slo plan` knows which steps were taken.
+    """
+    from chimera_cli.services.provenance import command_line
+
+    if not names:
+        if slo is not None:
+            raise UsageError("--slo says where the steps of --plan are", "add --plan OBJECTIVE/ACTION")
+        return [], command_line()
+    from chimera_cli.config import SanityConfig, TrainConfig, load_config
+    from chimera_cli.services.slo_plan import find_steps, settings_of
+    from chimera_cli.slo.contingency import setting, with_plan
+
+    steps = find_steps(slo, names, kind)
+    values = load_config(TrainConfig if kind == "train" else SanityConfig, config, given).model_dump()
+    changes = [setting(key, value) for key, value in settings_of(steps, values).items()]
+    for step in steps:
+        typer.echo(f"plan: {step.name}: {step.action.do}", err=True)
+    return changes, with_plan(command_line(), [step.name for step in steps])
 
 
 def _sanity_table(result: Mapping[str, Any]) -> RenderableType:
@@ -100,3 +187,24 @@ def _full_table(result: Mapping[str, Any]) -> RenderableType:
             label = ("dev " if name in RETRIEVAL else "") + FIGURES[name].label
             rows.append((label, format_spread(name, summary["mean"], summary["std"], summary["n"])))
     return facts("trained", rows)
+
+
+def _estimate_table(result: Mapping[str, Any]) -> RenderableType:
+    from chimera_cli.ui.tables import facts
+
+    figures, details = result["figures"], result["details"]
+    labels = {
+        "parameters_gb": "parameters",
+        "gradients_gb": "gradients",
+        "optimiser_gb": "optimiser",
+        "activations_gb": f"activations of {details['micro_batch']:,} pairs",
+        "inputs_gb": f"two batches of {details['batch']:,}",
+        "loss_gb": "loss",
+        "features_gb": "cached features",
+        "vram_estimate_gb": "VRAM at most, estimated",
+        "ram_estimate_gb": "RAM at most, estimated",
+    }
+    rows = [(label, f"{figures[name]:.2f} GiB") for name, label in labels.items()]
+    known = figures["wall_s"] is not None
+    time = format_value("wall_s", figures["wall_s"]) if known else "not measured: no run of this recipe is finished"
+    return facts(f"what it takes on {details['pack']}", [*rows, ("updates", f"{figures['updates']:,}"), ("wall", time)])

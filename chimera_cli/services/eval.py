@@ -8,9 +8,11 @@ from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Evaluated, Listener, Note, Saved, ignore
 from chimera_cli.figures import RETRIEVAL
 from chimera_cli.runs import (
+    MADE_WITH,
     SCHEMA_VERSION,
     Group,
     count_test_look,
+    looks_at_test,
     read_json,
     resolve_run,
     seal_problem,
@@ -71,7 +73,7 @@ def evaluate_group(
         document, ranks = _evaluate_seed(
             group.seed_dir(one), one, pack, name, table, labels, chosen, resamples, listener
         )
-        document |= {"source_hash": source}
+        document |= {"source_hash": source} | _origin(group, one)
         document = _store(group.seed_dir(one) / "evaluations", f"{pack.name}-{name}", document, ranks)
         listener(Evaluated(int(document["checkpoint_step"] or 0), name, document["figures"]))
         documents.append(document)
@@ -90,6 +92,18 @@ def _need_finished(group: Group, seeds: Sequence[int]) -> None:
             wait = "wait until it has finished; `chimera runs list` shows whether it is still alive"
             hint = wait if group.status == "running" else "train it again"
             raise ChimeraError(f"seed {seed} of {group.name} is not finished: the run is {group.status}", hint)
+
+
+def _origin(group: Group, seed: int) -> dict[str, Any]:
+    """Return what ties an evaluation to its run: put beside another one, it is noticed."""
+    from chimera_cli.models.weights import file_hash
+
+    checkpoint = group.seed_dir(seed) / "checkpoints" / "best.safetensors"
+    return {
+        "group": group.name,
+        "made_with": {key: group.facts.get(key) for key in MADE_WITH},
+        "checkpoint_sha256": file_hash(checkpoint) if checkpoint.is_file() else None,
+    }
 
 
 def _store(folder: Path, name: str, document: Mapping[str, Any], ranks: "Ranks") -> dict[str, Any]:
@@ -131,7 +145,7 @@ def _captions_of(pack: "Pack", split: str) -> "CaptionTable":
 def _count_look(group: Group, split: str, listener: Listener) -> int:
     """Return how often the test split was looked at with this run, this time included."""
     if split != "test":
-        return int(group.facts.get("test_looks", 0))
+        return looks_at_test(group.facts)
     looks = count_test_look(group)
     times = "once" if looks == 1 else f"{looks} times"
     message = f"the test split has now been looked at {times} with {group.name}; choose nothing by what it shows"

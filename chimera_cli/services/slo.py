@@ -11,7 +11,7 @@ from chimera_cli.config import SanityConfig, TrainConfig, read_yaml, validate
 from chimera_cli.errors import ChimeraError, ExitCode, UsageError
 from chimera_cli.figures import FIGURES
 from chimera_cli.runs import Group, list_groups, read_sealed_json, resolve_run, source_hash
-from chimera_cli.slo.contingency import fill, more_seeds, option, with_seeds
+from chimera_cli.slo.contingency import changed, fill, more_seeds, option, resolve, with_seeds
 from chimera_cli.slo.evidence import Evidence, Subject, device_of, gather, pack_of
 from chimera_cli.slo.ladder import TEST_IMAGES, comparable, gaps, next_rung
 from chimera_cli.slo.objectives import PROFILES, Action, Objective, Profile, Slos, for_profile, left_out
@@ -55,9 +55,15 @@ def default_slo_path() -> Path:
     return next((place / "slo.yaml" for place in places if (place / "slo.yaml").is_file()), places[0] / "slo.yaml")
 
 
+def slo_file(path: Path) -> Path:
+    """Return the file that `path` means: `configs/NAME`, as outputs write it, is found outside of the tree too."""
+    shipped = default_slo_path().parent / path.name
+    return shipped if path.parent == Path("configs") and not path.exists() and shipped.is_file() else path
+
+
 def load_slos(path: Path) -> Slos:
     """Return the objectives in a YAML file. Raises UsageError naming every wrong key, figure and setting."""
-    slos = validate(Slos, read_yaml(path), str(path))
+    slos = validate(Slos, read_yaml(slo_file(path)), str(path))
     for number, objective in enumerate(slos.objectives):
         for action in objective.actions:
             _check_settings(objective, action, f"{path}: objectives.{number}.actions.{action.id}")
@@ -66,25 +72,30 @@ def load_slos(path: Path) -> Slos:
 
 def _check_settings(objective: Objective, action: Action, origin: str) -> None:
     """Refuse a contingency step that the command it is meant for would refuse."""
-    if not action.set:
+    if not action.keys:
         return
     if objective.kind not in ("train", "sanity"):
-        raise UsageError(f"{origin}.set: a {objective.kind} run takes no --set", "give a `command` instead")
-    values: dict[str, Any] = (TrainConfig() if objective.kind == "train" else SanityConfig()).model_dump()
-    for key, value in action.set.items():
-        *parents, last = key.split(".")
-        place = values
-        for parent in parents:
-            place = place.setdefault(parent, {})
+        raise UsageError(f"{origin}: a {objective.kind} run takes no --set", "give a `command` instead")
+    defaults = (TrainConfig() if objective.kind == "train" else SanityConfig()).model_dump()
+    for key in action.keys:
+        place: Any = defaults
+        for parent in key.split(".")[:-1]:
+            place = place.get(parent, {})
             if not isinstance(place, dict):
-                raise UsageError(
-                    f"{origin}.set: {parent} in {key} holds no keys", "use the dotted path of a config key"
-                )
-        place[last] = value
+                raise UsageError(f"{origin}: {parent} in {key} holds no keys", "use the dotted path of a config key")
+    settings = resolve(action, defaults)
+    missing = [key for key in action.scale if key not in settings]
+    if missing:
+        raise UsageError(f"{origin}.scale: {missing[0]} is no number to be multiplied", "give its value with `set`")
+    validate_config(objective, changed(defaults, settings), origin)
+
+
+def validate_config(objective: Objective, values: Mapping[str, Any], origin: str) -> None:
+    """Raise UsageError where a run of the objective's kind would refuse a config, naming every wrong key."""
     if objective.kind == "train":
-        validate(TrainConfig, values, f"{origin}.set")
+        validate(TrainConfig, values, origin)
     else:
-        validate(SanityConfig, values, f"{origin}.set")
+        validate(SanityConfig, values, origin)
 
 
 # ---- check ----------------------------------------------------------------------------------------------------------
@@ -127,7 +138,7 @@ def heading(judgement: Judgement) -> dict[str, Any]:
         "run": subject.group.name,
         "seeds": list(subject.seeds),
         "pack": dict(pack_of(subject.group)),
-        "slo": str(judgement.path),
+        "slo": shown_path(judgement.path),
         "law": judgement.slos.law,
         "profile": judgement.profile,
         "checked_on": judgement.today.isoformat(),
@@ -139,7 +150,7 @@ def judge_run(home: Path, run: str, slo_path: Path | None, profile: str, today: 
     """Return the verdicts of all objectives of a profile on a run, in the order of the file."""
     if profile not in PROFILES:
         raise UsageError(f"there is no profile {profile!r}", f"the profiles are {', '.join(PROFILES)}")
-    path = slo_path or default_slo_path()
+    path = slo_file(slo_path) if slo_path else default_slo_path()
     slos = load_slos(path)
     groups = tuple(list_groups(home))
     group, seed = resolve_run(home, run, groups=groups)
@@ -164,7 +175,7 @@ def judge_subject(subject: Subject, slos: Slos, path: Path, profile: Profile, to
 
 def remarks(judgement: Judgement) -> list[str]:
     """Return what every output must say beside the verdicts."""
-    found = [] if judgement.slos.law else [f"{NOT_THE_LAW}: {judgement.path} checks the plumbing alone"]
+    found = [] if judgement.slos.law else [f"{NOT_THE_LAW}: {shown_path(judgement.path)} checks the plumbing alone"]
     omitted = left_out(judgement.slos, judgement.profile)
     if omitted:
         labels = ", ".join(FIGURES[name].label for name in omitted)
@@ -187,8 +198,13 @@ def own_command(judgement: Judgement) -> str:
     """Return the command that judges this very run again, whatever is the latest by then."""
     subject = judgement.subject
     seed = f"/seed-{subject.seeds[0]}" if subject.seeds != subject.group.seeds else ""
-    words = ["chimera", "slo", "check", "--run", f"{subject.group.name}{seed}", "--slo", shown_path(judgement.path)]
-    return shlex.join([*words, *(["--profile", "cpu"] if judgement.profile == "cpu" else [])])
+    return check_command(f"{subject.group.name}{seed}", judgement.path, judgement.profile)
+
+
+def check_command(run: str, path: Path, profile: Profile) -> str:
+    """Return the command that judges a run by a file under a profile."""
+    words = ["chimera", "slo", "check", "--run", run, "--slo", shown_path(path)]
+    return shlex.join([*words, *(["--profile", "cpu"] if profile == "cpu" else [])])
 
 
 def shown_path(path: Path) -> str:
@@ -217,7 +233,7 @@ def objective_facts(verdict: Verdict, judgement: Judgement) -> dict[str, Any]:
         "law": "; ".join(law_words(finding) for finding in verdict.findings),
         "measured": "; ".join(measured_words(finding) for finding in verdict.findings),
         "evidence": evidence_words(evidence),
-        "measure": measure_command(objective, judgement.subject, evidence) if missing else None,
+        "measure": measure_command(objective, judgement, evidence) if missing else None,
         "conditions": [_condition_facts(finding, evidence) for finding in verdict.findings],
         "beside": [
             {"figure": one.figure, "target": one.target, "summary": _summary(over_seeds(evidence, one.figure))}
@@ -284,10 +300,11 @@ def command_of(group: Group) -> str:
     return str(group.facts.get("command") or "")
 
 
-def measure_command(objective: Objective, subject: Subject, evidence: Evidence) -> str | None:
+def measure_command(objective: Objective, judgement: Judgement, evidence: Evidence) -> str | None:
     """Return the command that would make the missing evidence; None where another machine has to."""
     from chimera_cli.services.runs import status_of
 
+    subject = judgement.subject
     group, values = subject.group, placeholders(subject)
     if objective.hardware not in ("any", device_of(group)):
         return None
@@ -299,7 +316,7 @@ def measure_command(objective: Objective, subject: Subject, evidence: Evidence) 
     if status_of(group) == "running":
         return shlex.join(["chimera", "runs", "show", group.name])
     if len(subject.seeds) < objective.seeds_at_least <= len(group.seeds):
-        return shlex.join(["chimera", "slo", "check", "--run", group.name])
+        return check_command(group.name, judgement.path, judgement.profile)
     if not command_of(group):
         return fill(objective.measure, values)
     return with_seeds(command_of(group), more_seeds(group.seeds, objective.seeds_at_least))

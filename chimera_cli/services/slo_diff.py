@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from chimera_cli.errors import ChimeraError, ExitCode, UsageError
 from chimera_cli.figures import RECALLS
 from chimera_cli.runs import SCHEMA_VERSION, Group, read_sealed_json, resolve_run
+from chimera_cli.slo.evidence import foreign_evaluation
 from chimera_cli.statistics import Change, change_of, paired_bootstrap, summarise
 
 if TYPE_CHECKING:
@@ -134,6 +135,9 @@ def _side(home: Path, group: Group, seed: int | None, pack: str, split: str) -> 
                 f"seed {one} of {group.name} was not evaluated on {pack}, {split}", f"evaluate it: {again}"
             )
         document = read_sealed_json(path)
+        foreign = foreign_evaluation(document, group, one)
+        if foreign:
+            raise ChimeraError(foreign, f"evaluate again: {again}")
         stored = document.get("ranks")
         if not isinstance(stored, Mapping):
             raise ChimeraError(f"{path} was written without the ranks of its queries", f"evaluate again: {again}")

@@ -19,8 +19,8 @@ from chimera_cli.services.slo import (
     placeholders,
     shown_path,
 )
-from chimera_cli.services.slo_plan import Attempt, Reached, attempts, reached, recorded_steps, step_command
-from chimera_cli.slo.contingency import fill
+from chimera_cli.services.slo_plan import Attempt, Reached, attempts, config_of, reached, recorded_steps, step_command
+from chimera_cli.slo.contingency import fill, resolve
 from chimera_cli.slo.explanation import explain
 from chimera_cli.slo.objectives import Action
 from chimera_cli.slo.verdicts import Verdict
@@ -99,7 +99,7 @@ def _step_facts(
     return {
         "step": name,
         "do": action.do,
-        "sets": dict(action.set),
+        "sets": resolve(action, config_of(group)),
         "command": command,
         "tried": None if attempt is None else attempt.how,
         "reached": [

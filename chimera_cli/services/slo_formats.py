@@ -8,10 +8,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from chimera_cli.services.slo_lines import Result, condition_line, harmless, notes, title
+from chimera_cli.services.slo_lines import STEERING, Result, condition_line, harmless, notes, title
 
-# What a terminal would obey or no encoding has; C0 controls are escaped in JSON anyway.
-_UNSAFE_IN_JSON = re.compile(r"[\x7f-\x9f\ud800-\udfff]")
+_UNSAFE_IN_JSON = re.compile(f"[{STEERING}]")
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 from chimera_cli.errors import UsageError
 from chimera_cli.figures import FIGURES
 from chimera_cli.runs import SCHEMA_VERSION, Group, list_groups, runs_dir
-from chimera_cli.services.slo import NOT_THE_LAW, default_slo_path, judge_subject, load_slos
+from chimera_cli.services.slo import NOT_THE_LAW, default_slo_path, judge_subject, load_slos, shown_path, slo_file
 from chimera_cli.slo.evidence import Subject, pack_of
 from chimera_cli.slo.objectives import PROFILES, Profile, Slos, left_out
 from chimera_cli.slo.verdicts import Verdict, Word, worst_of
@@ -74,7 +74,7 @@ def history(
     """
     if profile not in PROFILES:
         raise UsageError(f"there is no profile {profile!r}", f"the profiles are {', '.join(PROFILES)}")
-    path = slo_path or default_slo_path()
+    path = slo_file(slo_path) if slo_path else default_slo_path()
     slos = load_slos(path)
     chosen: Profile = "cpu" if profile == "cpu" else "gpu"
     groups = tuple(list_groups(home))
@@ -83,7 +83,7 @@ def history(
     rows = [_objective_facts(verdicts, budget) for verdicts in zip(*table, strict=True)]
     return {
         "schema_version": SCHEMA_VERSION,
-        "slo": str(path),
+        "slo": shown_path(path),
         "law": slos.law,
         "profile": chosen,
         "data": data,
@@ -108,7 +108,7 @@ def _finished(home: Path, groups: Sequence[Group], data: str | None) -> list[Gro
 
 
 def _remarks(slos: Slos, path: Path, profile: Profile) -> list[str]:
-    found = [] if slos.law else [f"{NOT_THE_LAW}: {path} checks the plumbing alone"]
+    found = [] if slos.law else [f"{NOT_THE_LAW}: {shown_path(path)} checks the plumbing alone"]
     omitted = left_out(slos, profile)
     if omitted:
         found.append(f"profile {profile}: {', '.join(FIGURES[name].label for name in omitted)} left out")

@@ -16,9 +16,11 @@ ENDINGS = {
     "fail": "an objective is missed; `chimera slo plan` says what to do next",
 }
 
-# C0 and C1 controls, half surrogate pairs and the two non-characters: what XML 1.0 (section 2.2) forbids, and what a
-# terminal that shows a log would obey.
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+# What a terminal or an editor would obey, or no encoding has: C1 controls, those that turn the direction of writing
+# (Unicode Standard Annex 9, section 2), half surrogate pairs. C0 controls JSON escapes by itself.
+STEERING = r"\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+# With C0 controls and the two non-characters: also what XML 1.0 (section 2.2) forbids.
+_UNSAFE = re.compile(rf"[\x00-\x1f{STEERING}\ufffe\uffff]")
 
 
 def title(result: Result) -> str:

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from chimera_cli.config import read_yaml
+from chimera_cli.config import SanityConfig, TrainConfig, load_config, read_yaml
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.figures import FIGURES, format_value
 from chimera_cli.runs import Group
@@ -24,8 +24,21 @@ from chimera_cli.services.slo import (
     measure_command,
     placeholders,
     shown_path,
+    slo_file,
+    validate_config,
 )
-from chimera_cli.slo.contingency import fill, holds, more_seeds, option, planned, same_command, with_plan, with_seeds
+from chimera_cli.slo.contingency import (
+    changed,
+    fill,
+    holds,
+    more_seeds,
+    option,
+    planned,
+    resolve,
+    same_command,
+    with_plan,
+    with_seeds,
+)
 from chimera_cli.slo.evidence import Subject, evidence_of, pack_of
 from chimera_cli.slo.objectives import Action, Objective
 from chimera_cli.slo.verdicts import Finding, Verdict, judge, worst_of
@@ -53,7 +66,7 @@ def find_steps(slo_path: Path | None, names: Sequence[str], kind: Literal["train
     """
     if not names:
         return ()
-    path = slo_path or default_slo_path()
+    path = slo_file(slo_path) if slo_path else default_slo_path()
     slos = load_slos(path)
     steps = [PlanStep(objective, action) for objective in slos.objectives for action in objective.actions]
     return tuple(_step_named(name, steps, path, kind) for name in names)
@@ -66,7 +79,7 @@ def _step_named(name: str, steps: Sequence[PlanStep], path: Path, kind: str) -> 
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else f"the steps are {', '.join(step.name for step in steps)}"
         raise UsageError(f"--plan {name!r} is no step of the contingency plan in {path}", hint)
-    fitting = [step for step in named if step.objective.kind == kind and step.action.set]
+    fitting = [step for step in named if step.objective.kind == kind and step.action.keys]
     if len({step.name for step in fitting}) > 1:
         raise UsageError(f"--plan {name!r} may be {' or '.join(step.name for step in fitting)}", "give the full name")
     if fitting:
@@ -77,10 +90,22 @@ def _step_named(name: str, steps: Sequence[PlanStep], path: Path, kind: str) -> 
     raise UsageError(f"{other.name} is about a {other.objective.kind} run, not a {kind} run", "choose another step")
 
 
-def settings_of(steps: Sequence[PlanStep]) -> dict[str, Any]:
-    """Return the config keys that the steps set together; of two that set the same key the later one holds."""
-    return {key: value for step in steps for key, value in step.action.set.items()}
+def settings_of(steps: Sequence[PlanStep], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the values that the steps give config keys together, one after the other, in a whole `config`.
 
+    Without one, bounds are taken as they are. Raises UsageError for a step that multiplies what the config lacks.
+    """
+    settings: dict[str, Any] = {}
+    for step in steps:
+        found = resolve(step.action, changed(config or {}, settings))
+        unknown = [key for key in step.action.keys if key not in found]
+        if unknown:
+            raise UsageError(f"{step.name} multiplies {unknown[0]}, which has no value", "give the key a number")
+        settings |= found
+    return settings
+
+
+_NOT_POSSIBLE = "not possible here"
 
 # ---- what was tried -------------------------------------------------------------------------------------------------
 
@@ -96,7 +121,7 @@ class Attempt:
 
 def attempts(verdict: Verdict, subject: Subject) -> dict[str, Attempt | None]:
     """Return for each action of an objective, in its order, how it was taken already; None where it was not."""
-    values, config = placeholders(subject), _config_of(_group_of(verdict, subject))
+    values, config = placeholders(subject), config_of(_group_of(verdict, subject))
     found: dict[str, Attempt | None] = {}
     for action in verdict.objective.actions:
         if action.command is not None:
@@ -114,7 +139,26 @@ def _tried_settings(verdict: Verdict, action: Action, subject: Subject, config: 
     run = next((one.name for one in reversed(lineage(verdict, subject)) if name in recorded_steps(one)), None)
     if run is not None:
         return Attempt(action, run, f"--plan {name} in {run}")
-    return Attempt(action, group.name, f"the config of {group.name} has it") if holds(action, config) else None
+    if holds(action, config):
+        return Attempt(action, group.name, f"the config of {group.name} has it")
+    problem = _refusal(verdict.objective, action, config)
+    return None if problem is None else Attempt(action, None, f"{_NOT_POSSIBLE}: {problem}")
+
+
+def _refusal(objective: Objective, action: Action, config: Mapping[str, Any]) -> str | None:
+    """Return why a config, that holds by itself, would be refused with the settings of an action; None if it isn't."""
+    if not config:
+        return None
+    try:
+        validate_config(objective, config, "the config")
+    except UsageError:
+        # Of another state of the source code: nothing can be said.
+        return None
+    try:
+        validate_config(objective, changed(config, resolve(action, config)), name := "the step")
+    except UsageError as error:
+        return error.message.removeprefix(f"{name}: ")
+    return None
 
 
 def _tried_command(action: Action, command: str, subject: Subject) -> Attempt | None:
@@ -158,11 +202,21 @@ def _group_of(verdict: Verdict, subject: Subject) -> Group:
     return verdict.evidence.group or subject.group
 
 
-def _config_of(group: Group) -> dict[str, Any]:
-    """Return the resolved config of a group's first seed; empty where it has none that can be read."""
+def config_of(group: Group) -> dict[str, Any]:
+    """Return the whole config of a group's first seed; empty where it has none that can be read.
+
+    Keys that came later have their defaults: that is what the run was made with.
+    """
     path = group.seed_dir(group.seeds[0]) / "config.yaml" if group.seeds else group.path
+    if not path.is_file():
+        return {}
     try:
-        return read_yaml(path) if path.is_file() else {}
+        return load_config(SanityConfig if group.kind == "sanity" else TrainConfig, path).model_dump()
+    except ChimeraError:
+        pass
+    try:
+        # Of another state of the source code, which had keys that this one lacks.
+        return read_yaml(path)
     except ChimeraError:
         return {}
 
@@ -249,12 +303,17 @@ def plan(
         "step": step.kind,
         "do": step.words,
         "action": None if step.action is None else step.action.id,
-        "sets": {} if step.action is None else dict(step.action.set),
+        "sets": {} if verdict is None else _sets(verdict, step, judgement.subject),
         "tried": [{"action": one.action.id, "run": one.run, "how": one.how} for one in tried.values() if one],
         "remaining": list(step.remaining),
         "command": step.command,
         "exhausted": [one.objective.id for one in _exhausted(judgement)],
     }
+
+
+def _sets(verdict: Verdict, step: Step, subject: Subject) -> dict[str, Any]:
+    """Return the values that a step gives the config of the run that it is for."""
+    return {} if step.action is None else resolve(step.action, config_of(_group_of(verdict, subject)))
 
 
 def _exhausted(judgement: Judgement) -> list[Verdict]:
@@ -275,20 +334,40 @@ def _next_step(judgement: Judgement) -> tuple[Verdict | None, Step]:
         return failed[0], Step("exhausted", no_go_words(failed[0], subject))
     for verdict in judgement.verdicts:
         if verdict.word == "unmeasured":
-            return verdict, _measurement(verdict, subject)
+            return verdict, _measurement(verdict, judgement)
     for verdict in judgement.verdicts:
         if verdict.word == "inconclusive" and verdict.evidence.group is not None:
-            group = verdict.evidence.group
-            seeds = more_seeds(group.seeds, len(group.seeds) + 2)
-            command = with_seeds(command_of(group), seeds)
-            return verdict, Step("more-seeds", "Two more seeds narrow the interval.", command)
-    return None, Step("none", "Every objective is met; there is nothing to do.")
+            return verdict, _widening(verdict.evidence.group)
+    return None, Step("none", _content_words(judgement))
+
+
+def _widening(group: Group) -> Step:
+    """Return the command of a group with two seeds more; where the group does not say its command, there is none."""
+    words = "Two more seeds narrow the interval."
+    if not command_of(group):
+        return Step("more-seeds", f"{words} The command of {group.name} is not recorded: repeat it with them.")
+    seeds = more_seeds(group.seeds, len(group.seeds) + 2)
+    return Step("more-seeds", words, with_seeds(command_of(group), seeds))
+
+
+def _content_words(judgement: Judgement) -> str:
+    """Return that there is nothing to do; what is only waived is named with its last day."""
+    waived = [
+        f"{one.objective.id} (waived until {one.waiver.expires.isoformat()})"
+        for one in judgement.verdicts
+        if one.word == "waived" and one.waiver is not None
+    ]
+    if waived:
+        return f"Every objective is met or waived: {', '.join(waived)}; there is nothing to do until then."
+    return "Every objective is met; there is nothing to do."
 
 
 def no_go_words(verdict: Verdict, subject: Subject) -> str:
     """Return why a breach is final: every step was taken, and the best run still misses by so much."""
     count = len(verdict.objective.actions)
     steps = f"all {count} steps of its contingency plan are taken" if count else "it has no contingency plan"
+    if any(one is not None and one.how.startswith(_NOT_POSSIBLE) for one in attempts(verdict, subject).values()):
+        steps += f" or {_NOT_POSSIBLE}"
     runs = reached(verdict, subject)
     best = f" The best of {len(runs)} runs, {runs[0].group.name}, has {missed_words(runs[0].verdict)}." if runs else ""
     if runs and runs[0].verdict.word != "fail":
@@ -321,9 +400,9 @@ def step_command(objective: Objective, action: Action, group: Group, judgement: 
     return f"{planning} --slo {shlex.quote(shown_path(judgement.path))}"
 
 
-def _measurement(verdict: Verdict, subject: Subject) -> Step:
-    objective = verdict.objective
-    command = measure_command(objective, subject, verdict.evidence)
+def _measurement(verdict: Verdict, judgement: Judgement) -> Step:
+    objective, subject = verdict.objective, judgement.subject
+    command = measure_command(objective, judgement, verdict.evidence)
     if command is None:
         machine = objective.hardware.upper()
         return Step("measure", f"Measure it on a machine with a {machine}, or check with the other --profile.")

@@ -1,5 +1,7 @@
 """What to do about a breach: the next step of an objective's contingency table as a command to paste."""
 
+import math
+import operator
 import shlex
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -16,8 +18,52 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def holds(action: Action, config: Mapping[str, Any]) -> bool:
-    """Return whether a config has all the settings of an action; one that is a command has none."""
-    return bool(action.set) and all(_lookup(config, key) == value for key, value in action.set.items())
+    """Return whether an action would change nothing in a config; one that is a command does not say."""
+    settings = resolve(action, config)
+    known = bool(action.keys) and settings.keys() == set(action.keys)
+    return known and all(_lookup(config, key) == value for key, value in settings.items())
+
+
+# What the null of a key stands for, where that is another key.
+_NULL_IS = {"micro_batch": "batch"}
+
+
+def resolve(action: Action, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return by dotted key the values that an action gives a config.
+
+    What is scaled has to be known: a key without a number is left out. Whole numbers stay whole and at least 1.
+    """
+    settings: dict[str, Any] = dict(action.set)
+    for bounds, beyond in ((action.at_least, operator.ge), (action.at_most, operator.le)):
+        for key, bound in bounds.items():
+            value = _lookup(config, key)
+            over = math.inf if value is None else value
+            settings[key] = value if _is_number(over) and beyond(over, bound) else bound
+    for key, factor in action.scale.items():
+        value = _lookup(config, key)
+        if value is None and key in _NULL_IS:
+            value = _lookup(config, _NULL_IS[key])
+        if _is_number(value):
+            settings[key] = max(1, round(value * factor)) if isinstance(value, int) else value * factor
+    return settings
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def changed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with other values for some dotted keys; what it was made from stays as it was."""
+    result = dict(config)
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            inner = place.get(parent)
+            place[parent] = dict(inner) if isinstance(inner, Mapping) else {}
+            place = place[parent]
+        place[last] = value
+    return result
 
 
 def same_command(one: str, other: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chimera_cli.errors import ChimeraError
-from chimera_cli.runs import MADE_WITH, Group, read_json, seal_problem
+from chimera_cli.runs import MADE_WITH, Group, read_json, seal_problem, source_hash
 from chimera_cli.slo.objectives import Objective
 
 Values = tuple[float | None, ...]
@@ -206,13 +206,32 @@ def _unfit_result(document: Mapping[str, Any], group: Group, seed: int) -> str |
         return f"{name} is not finished but {document.get('status')}"
     if document.get("seed", seed) != seed:
         return f"the result of {name} is that of seed {document['seed']}"
+    words = _made_otherwise(document, group)
+    return f"{name} was made {words}: its result is no part of this group" if words else None
+
+
+def _made_otherwise(document: Mapping[str, Any], group: Group) -> str:
+    """Return in which respects the run of a file was made differently than a group; "" where in none it tells."""
     made = document.get("made_with")
     if not isinstance(made, Mapping):
-        return None
+        return ""
     other = Group(group.path, dict(made))
     changed = [key for key in MADE_WITH if made.get(key) != group.facts.get(key)]
-    words = " and ".join(_DIFFERENCES[key](other, group) for key in changed)
-    return f"{name} was made {words}: its result is no part of this group" if changed else None
+    return " and ".join(_DIFFERENCES[key](other, group) for key in changed)
+
+
+def foreign_evaluation(document: Mapping[str, Any], group: Group, seed: int) -> str | None:
+    """Return why an evaluation is not one of this seed of this group but was put there from elsewhere; None if it is.
+
+    It names its group and what that was made with.
+    """
+    name = f"seed {seed} of {group.name}"
+    if document.get("seed", seed) != seed:
+        return f"the evaluation of {name} is that of seed {document['seed']}"
+    if document.get("group", group.name) != group.name:
+        return f"the evaluation of {name} is that of a seed of {document['group']}"
+    words = _made_otherwise(document, group)
+    return f"the evaluation of {name} is of a run made {words}: it is no part of this group" if words else None
 
 
 def _evaluation(objective: Objective, home: Path, group: Group, seed: int, result: Mapping[str, Any]) -> _Found:
@@ -225,7 +244,22 @@ def _evaluation(objective: Objective, home: Path, group: Group, seed: int, resul
         )
     found = _read(path, home)
     reason = found.missing or _unfit_evaluation(found.document, objective, group, seed, result)
-    return replace(found, missing=reason)
+    if reason:
+        return replace(found, missing=reason)
+    by_other = _evaluated_by_other_code(found.document, group, seed)
+    return replace(found, missing=by_other, again=bool(by_other) and source_hash() != group.facts["source_hash"])
+
+
+def _evaluated_by_other_code(document: Mapping[str, Any], group: Group, seed: int) -> str | None:
+    """Return why the code that evaluated says nothing of the run: it is not the one that trained it."""
+    trained, evaluated = group.facts.get("source_hash"), document.get("source_hash")
+    if None in (trained, evaluated) or trained == evaluated:
+        return None
+    states = f"({_short(evaluated)} instead of {_short(trained)})"
+    return (
+        f"seed {seed} of {group.name} was evaluated by another state of the source code than it was trained with "
+        f"{states}: train again, or evaluate with the code that trained it"
+    )
 
 
 def _unfit_evaluation(
@@ -233,8 +267,11 @@ def _unfit_evaluation(
 ) -> str | None:
     """Return why an evaluation is not one of this checkpoint on this split."""
     pack, name = pack_of(group), f"seed {seed} of {group.name}"
-    if document.get("seed", seed) != seed or document.get("split", objective.split) != objective.split:
-        return f"the evaluation of {name} is that of seed {document.get('seed')} on {document.get('split')}"
+    foreign = foreign_evaluation(document, group, seed)
+    if foreign:
+        return foreign
+    if document.get("split", objective.split) != objective.split:
+        return f"the evaluation of {name} on {objective.split} is that on {document['split']}"
     theirs, ours = _mapping(document.get("pack")).get("fingerprint"), pack.get("fingerprint")
     if theirs != ours:
         what = f"another content of the pack {pack.get('name')} ({_short(theirs)} instead of {_short(ours)})"

@@ -49,16 +49,20 @@ PLACEHOLDERS = ("run", "pack", "source", "config", "seeds", "device")
 
 def _known_placeholders(text: str) -> str:
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+        fields = [part for part in string.Formatter().parse(text) if part[1] is not None]
     except ValueError as error:
         raise ValueError(f"has a broken placeholder: {error}") from error
-    unknown = [name for name in names if name not in PLACEHOLDERS]
-    if unknown:
-        raise ValueError(f"{{{unknown[0]}}} is no placeholder (there are {', '.join(PLACEHOLDERS)})")
+    for _, name, form, conversion in fields:
+        if name not in PLACEHOLDERS:
+            raise ValueError(f"{{{name}}} is no placeholder (there are {', '.join(PLACEHOLDERS)})")
+        if form or conversion:
+            raise ValueError(f"the placeholder {{{name}}} takes no format and no conversion: write {{{name}}}")
     return text
 
 
 Finite = Annotated[float, BeforeValidator(_finite)]
+# A whole number stays one: it is a setting.
+Bound = Annotated[int | float, BeforeValidator(_finite)]
 FigureName = Annotated[str, AfterValidator(_known_figure)]
 Text = Annotated[str, AfterValidator(_not_blank)]
 Command = Annotated[Text, AfterValidator(_known_placeholders)]
@@ -121,17 +125,32 @@ class Requirement(Strict):
 
 
 class Action(Strict):
-    """One contingency step: what to `do`, and config keys to `set` or a `command` where one does it."""
+    """One contingency step: what to `do`, and settings of the config or a `command` where one does it.
+
+    Settings are made to fit the config that they change: `set` gives a key a value, `at_least` and `at_most` raise or
+    lower a number that is not there yet, `scale` multiplies it. A null counts as above every number (all layers).
+    """
 
     id: Identifier
     do: Text
     set: dict[str, str | bool | int | float | None] = Field(default_factory=dict)
+    at_least: dict[str, Bound] = Field(default_factory=dict)
+    at_most: dict[str, Bound] = Field(default_factory=dict)
+    scale: dict[str, Annotated[Finite, Field(gt=0)]] = Field(default_factory=dict)
     command: Command | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the config keys that the step changes; none where it is a command."""
+        return (*self.set, *self.at_least, *self.at_most, *self.scale)
 
     @model_validator(mode="after")
     def _one_way(self) -> "Action":
-        if bool(self.set) == (self.command is not None):
-            raise ValueError("give either `set` or `command`")
+        if bool(self.keys) == (self.command is not None):
+            raise ValueError("give either `set` or `command` (at_least, at_most and scale are settings too)")
+        twice = sorted({key for key in self.keys if self.keys.count(key) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is changed in two ways")
         return self
 
 

@@ -1,6 +1,9 @@
 """`chimera slo` as a process: exit codes, JSON, and commands that survive a narrow pipe."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -130,14 +133,39 @@ def test_explain_is_about_one_objective_and_its_code(chimera: Any, judged: Path)
         assert chimera("slo", "check", "--profile", "cpu", *arguments, home=judged).code == 2
 
 
+@pytest.mark.parametrize("form", [*FORMS, "explain", "plan"])
+def test_a_closed_pipe_changes_no_exit_code(judged: Path, form: str) -> None:
+    made(judged, "sanity", SANE | {"loss_drop": 0.1}, {"updates": 200, "shuffled": False})
+    words = ["plan"] if form == "plan" else ["check", *(["--explain", "sanity"] if form == "explain" else [])]
+    words += ["--format", form] if form in FORMS else []
+    # The reader has gone before anything is written.
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "chimera_cli", "slo", *words, "--profile", "cpu"],
+        env=os.environ | {"CHIMERA_HOME": str(judged)}, stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0 if form == "plan" else 3, "")
+
+
+def test_a_narrow_terminal_gets_the_columns_it_can_show(chimera: Any, judged: Path) -> None:
+    narrow = chimera("slo", "check", "--profile", "cpu", home=judged, COLUMNS="60")
+    whole = chimera("slo", "check", "--profile", "cpu", home=judged, COLUMNS="120")
+    assert ("margin" in whole.out, "95 % interval" in whole.out) == (True, True)
+    assert ("margin" in narrow.out, "interval" in narrow.out) == (False, False)
+    head = next(line for line in narrow.out.splitlines() if line.startswith("law"))
+    assert head.split() == ["law", "verdict", "figure", "measured", "limit"]
+
+
 def test_names_from_files_reach_the_terminal_harmless(chimera: Any, judged: Path) -> None:
     group = latest_group(judged)
-    nasty = "a[red]b[/red]\x1b[31m\x9b2J<b>"
+    nasty = "a[red]b[/red]\x1b[31m\x9b2J<b>\u202eabc\u2066"
     update_group(group, pack=FACTS["pack"] | {"name": nasty}, command=f"chimera '{nasty}'")
     for arguments in (("check",), ("check", "--explain", "sanity"), ("check", "--json"), ("plan",)):
         done = chimera("slo", *arguments, "--profile", "cpu", home=judged)
         assert arguments == ("plan",) or "a[red]b[/red]" in done.out
-        assert not set(done.out + done.err) & set("\x1b\x9b")
+        assert not set(done.out + done.err) & set("\x1b\x9b\u202e\u2066")
 
 
 def test_a_step_of_the_plan_changes_the_config_and_the_command_that_is_recorded(
@@ -147,7 +175,7 @@ def test_a_step_of_the_plan_changes_the_config_and_the_command_that_is_recorded(
     path.write_text((REPOSITORY / "configs" / "slo.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     seen: list[tuple[Any, ...]] = []
 
-    def train_full(home: Path, config: TrainConfig, seeds: Any, label: str, command: str, listener: Any) -> Any:
+    def train_full(home: Path, config: TrainConfig, seeds: Any, label: str, command: str, *_rest: Any) -> Any:
         seen.append((config, command))
         return {"group": "x", "seeds": seeds, "over_seeds": {}}
 
@@ -158,7 +186,7 @@ def test_a_step_of_the_plan_changes_the_config_and_the_command_that_is_recorded(
     monkeypatch.setattr("sys.argv", ["chimera", *words])
     app(words, standalone_mode=False)
     ((config, command),) = seen
-    assert config.batch == 1000
+    assert config.batch == 64
     assert command.endswith(f"--set batch=32 --slo {path} --plan viability/more-negatives")
     facts = group_facts(command, None, config.model_dump(), torch.device("cpu"))
     step = {"objective": "viability", "action": "more-negatives", "slo": str(path)}

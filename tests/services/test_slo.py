@@ -35,7 +35,9 @@ from chimera_cli.config import SanityConfig, TrainConfig, load_config
 from chimera_cli.errors import UsageError
 from chimera_cli.runs import create_group, read_json, update_group, write_json, write_sealed_json, write_text
 from chimera_cli.services.slo import check, default_slo_path, load_slos
+from chimera_cli.services.slo_history import history
 from chimera_cli.services.slo_plan import plan
+from chimera_cli.slo.contingency import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -343,14 +345,92 @@ def test_a_result_put_into_another_group_is_noticed(tmp_path: Path, fact: dict[s
 
 
 def test_a_result_of_another_seed_and_evaluations_by_different_code_are_not_averaged(tmp_path: Path) -> None:
+    # A group that does not say which code trained it: its evaluations have to agree among themselves.
     group = make_run(tmp_path)
+    update_group(group, source_hash=None)
+    for seed in range(3):
+        path = group.seed_dir(seed) / "evaluations" / "flickr8k-dev.json"
+        write_sealed_json(path, {key: value for key, value in read_json(path).items() if key != "made_with"})
     for seed, source in enumerate(("a" * 64, "a" * 64, "b" * 64)):
-        add_evaluation(group, seed, source_hash=source)
+        add_evaluation(group, seed, source_hash=source, made_with=None)
     reason = objective(check(tmp_path, slo_path=LAW, profile="cpu"), "viability")["reason"]
     assert reason == f"seeds 0 and 2 of {group.name} were evaluated by different source code (aaaaaaaa and bbbbbbbb)"
     shutil.copy(group.seed_dir(0) / "result.json", group.seed_dir(1) / "result.json")
     reason = objective(check(tmp_path, slo_path=LAW, profile="cpu"), "epoch")["reason"]
     assert reason == f"the result of seed 1 of {group.name} is that of seed 0"
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [
+        ({}, "is that of a seed of {other}"),
+        ({"pack": FLICKR | {"fingerprint": "0" * 64}}, "is that of a seed of {other}"),
+    ],
+)
+def test_evaluations_copied_from_another_group_are_no_evidence(
+    tmp_path: Path, difference: dict[str, Any], words: str
+) -> None:
+    other = make_group(tmp_path, "train", [TRAINED] * 3, **difference)
+    group = make_run(tmp_path)
+    for seed in range(3):
+        path = add_evaluation(other, seed)
+        shutil.copy(path, group.seed_dir(seed) / "evaluations" / path.name)
+    found = objective(check(tmp_path, group.name, LAW, "cpu"), "viability")
+    assert (found["verdict"], found["measure"]) == ("unmeasured", f"chimera eval --run {group.name} --split dev")
+    assert found["reason"] == f"the evaluation of seed 0 of {group.name} {words.format(other=other.name)}"
+
+
+def test_an_evaluation_of_another_state_of_the_group_or_another_seed_is_no_evidence(tmp_path: Path) -> None:
+    group = make_run(tmp_path)
+    made = {"pack": FLICKR, "config_hash": "1" * 64, "source_hash": SOURCE, "hardware": CPU}
+    add_evaluation(group, 1, made_with=made)
+    reason = objective(check(tmp_path, slo_path=LAW, profile="cpu"), "viability")["reason"]
+    assert reason == (
+        f"the evaluation of seed 1 of {group.name} is of a run made with another config (11111111 instead of unknown): "
+        "it is no part of this group"
+    )
+    shutil.copy(add_evaluation(group, 0), add_evaluation(group, 1))
+    reason = objective(check(tmp_path, slo_path=LAW, profile="cpu"), "viability")["reason"]
+    assert reason == f"the evaluation of seed 1 of {group.name} is that of seed 0"
+
+
+def test_evaluations_by_other_code_than_the_training_are_unmeasured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = make_run(tmp_path)
+    for seed in range(3):
+        add_evaluation(group, seed, source_hash="e" * 64)
+    found = objective(check(tmp_path, slo_path=LAW, profile="cpu"), "viability")
+    assert (found["verdict"], found["reason"]) == (
+        "unmeasured",
+        f"seed 0 of {group.name} was evaluated by another state of the source code than it was trained with (eeeeeeee "
+        "instead of 55555555): train again, or evaluate with the code that trained it",
+    )
+    # This code did not train it either: evaluating again would be refused again.
+    assert found["measure"] == group.facts["command"]
+    monkeypatch.setattr("chimera_cli.slo.evidence.source_hash", lambda: SOURCE)
+    again = objective(check(tmp_path, slo_path=LAW, profile="cpu"), "viability")
+    assert again["measure"] == f"chimera eval --run {group.name} --split dev"
+
+
+def test_the_command_for_more_seeds_keeps_file_and_profile(tmp_path: Path) -> None:
+    group = make_run(tmp_path)
+    found = objective(check(tmp_path, f"{group.name}/seed-1", LAW, "cpu"), "viability")
+    assert found["measure"] == f"chimera slo check --run {group.name} --slo configs/slo.yaml --profile cpu"
+
+
+def test_shipped_files_are_named_and_found_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, pack=TOY_PACK)
+    monkeypatch.chdir(tmp_path)
+    for result in (
+        check(tmp_path, slo_path=Path("configs/slo-toy.yaml"), profile="cpu"),
+        history(tmp_path, slo_path=TOY),
+    ):
+        assert result["slo"] == "configs/slo-toy.yaml"
+        assert "not the law: configs/slo-toy.yaml checks the plumbing alone" in result["remarks"]
+    assert check(tmp_path, profile="cpu")["slo"] == "configs/slo.yaml"
+    with pytest.raises(UsageError, match=r"^configs/absent\.yaml does not exist"):
+        load_slos(Path("configs/absent.yaml"))
 
 
 def test_each_figure_names_its_run_and_files(tmp_path: Path) -> None:
@@ -484,9 +564,10 @@ def test_shipped_actions_set_keys_that_exist(path: Path) -> None:
     models = {"train": TrainConfig, "sanity": SanityConfig}
     for one in load_slos(path).objectives:
         for action in one.actions:
-            changes = [f"{key}={json.dumps(value)}" for key, value in action.set.items()]
-            if changes:
-                load_config(models[one.kind], None, changes)
+            if action.keys:
+                values = resolve(action, models[one.kind]().model_dump())
+                assert values.keys() == set(action.keys)
+                load_config(models[one.kind], None, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
 
 def test_the_law_has_its_five_ids_and_a_contingency_for_each() -> None:
@@ -510,6 +591,13 @@ def test_the_law_has_its_five_ids_and_a_contingency_for_each() -> None:
         ("split: dev", "split: holdout", "split"),
         ("{text.learn_layers: 0}", "{text.learn_layer: 0}", "learn_layer is an unknown key"),
         ("--device {device}", "--device {gadget}", "{gadget} is no placeholder"),
+        ("--device {device}", "--device {device:>9}", "the placeholder {device} takes no format and no conversion"),
+        ("--device {device}", "--device {device!r}", "the placeholder {device} takes no format and no conversion"),
+        ("scale: {batch: 2}", "scale: {batch: 0}", "scale.batch"),
+        ("scale: {batch: 2}", "scale: {precision: 2}", "scale: precision is no number to be multiplied"),
+        ("scale: {batch: 2}", "scale: {batch: 2}\n        set: {batch: 3}", "batch is changed in two ways"),
+        ("at_most: {text.learn_layers: 2}", "at_most: {text.learn_layer: 2}", "learn_layer is an unknown key"),
+        ("at_least: {loss.temperature: 0.2}", "at_least: {loss.temperature: .nan}", "must be a finite number"),
         ("schema_version: 1", "schema_version: 2", "schema_version"),
         ("limit: 0.85", "limit: 1" + "0" * 400, "must be a finite number"),
         ("limit: 0.85", "limit: 0.85, statistic: bound95", "bound95 of gpu_util_mean needs an interval"),

@@ -18,7 +18,7 @@ from chimera_cli.services.slo import check
 from chimera_cli.services.slo_formats import FORMATS, as_github, as_json, as_junit, as_markdown
 
 TODAY = date(2030, 1, 1)
-NASTY = "a|`b`[red]x[/red]<script>&amp;\x1b[31m\x07\x9b2J%0A::error::\r\n::warning::\ud800\ufffe"
+NASTY = "a|`b`[red]x[/red]<script>&amp;\x1b[31m\x07\x9b2J%0A::error::\r\n::warning::\ud800\ufffe\u202e\u2069"
 
 
 @pytest.fixture(autouse=True)

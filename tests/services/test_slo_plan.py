@@ -1,6 +1,7 @@
 """The contingency plan: which step is next, what counts as tried, applying a step, and NO-GO when all are spent."""
 
 import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 from made_runs import (
     CPU,
     FLICKR,
+    GPU,
     LAW,
     LOADED,
     RECALL,
@@ -24,10 +26,12 @@ from chimera_cli.config import TrainConfig, load_config
 from chimera_cli.errors import UsageError
 from chimera_cli.runs import Group, update_group
 from chimera_cli.services.provenance import plan_facts
+from chimera_cli.services.slo_explain import explain_objective
 from chimera_cli.services.slo_plan import find_steps, plan, settings_of
 from chimera_cli.slo.contingency import setting
 
 SLOW = [TRAINED | {"epoch_10k_pairs_s": 2e4}] * 3
+LOCKED = {"image.locked": True, "augmentation.crop_scale": 1.0, "augmentation.colour_jitter": 0}
 COMMAND = "chimera train full --config configs/train/joint.yaml --seeds 0,1,2 --set image.locked=false"
 
 
@@ -47,7 +51,7 @@ def take(home: Path, step: dict[str, Any], seconds: float = 2e4, **changes: Any)
 def test_the_plan_goes_through_the_contingency_table_step_by_step(tmp_path: Path) -> None:
     make_group(tmp_path, "train", SLOW, config=joint(), command=COMMAND)
     first = plan(tmp_path, slo_path=LAW, profile="cpu")
-    assert (first["objective"], first["action"], first["sets"]) == ("epoch", "lock-image-tower", {"image.locked": True})
+    assert (first["objective"], first["action"], first["sets"]) == ("epoch", "lock-image-tower", LOCKED)
     assert first["command"] == f"{COMMAND} --plan epoch/lock-image-tower"
     assert (first["remaining"], first["tried"]) == (["lock-text-tower", "smaller-images"], [])
     # Recorded is enough: the config of this run does not hold the setting.
@@ -139,15 +143,67 @@ def test_a_command_that_was_run_is_not_proposed_again_nor_a_pack_that_is_there(t
     assert (spent["step"], "loader throughput 250.0 images/s" in spent["do"]) == ("exhausted", True)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sets"),
+    [
+        ({"batch": 512, "micro_batch": None}, {"micro_batch": 256}),
+        ({"batch": 1024, "micro_batch": 48}, {"micro_batch": 24}),
+    ],
+)
+def test_a_relative_step_fits_the_config_of_the_run(
+    tmp_path: Path, changes: dict[str, Any], sets: dict[str, int]
+) -> None:
+    config = TrainConfig(image={"locked": True}, text={"learn_layers": 1}, **changes).model_dump()
+    big = [TRAINED | {"vram_peak_gb": 9.0}] * 3
+    make_group(tmp_path, "train", big, config=config, command=COMMAND, hardware=GPU)
+    found = plan(tmp_path, slo_path=LAW)
+    # One text layer learns: to let only two learn would be no step down.
+    assert [one["action"] for one in found["tried"]] == ["lock-image-tower", "fewer-text-layers"]
+    assert (found["action"], found["sets"]) == ("smaller-batch", sets)
+    shown = explain_objective(tmp_path, "vram", "latest", LAW)["contingency"]
+    assert next(step["sets"] for step in shown if step["step"] == "vram/smaller-batch") == sets
+
+
+def test_a_step_that_a_run_would_refuse_is_not_proposed(tmp_path: Path) -> None:
+    config = TrainConfig(image={"locked": True, "image_size": 40}, text={"learn_layers": 0}).model_dump()
+    group = make_group(tmp_path, "train", SLOW, config=config, command=COMMAND)
+    found = plan(tmp_path, slo_path=LAW, profile="cpu")
+    assert (found["step"], found["command"]) == ("exhausted", None)
+    assert [one["run"] for one in found["tried"]] == [group.name, group.name, None]
+    assert found["tried"][2]["how"].startswith("not possible here: image.image_size: input should be greater")
+    assert "are taken or not possible here" in found["do"]
+
+
+def test_what_is_waived_is_not_said_to_be_met_and_a_lost_command_is_not_made_up(tmp_path: Path) -> None:
+    group = make_run(tmp_path, epoch_10k_pairs_s=20000.0)
+    document = yaml.safe_load(LAW.read_text(encoding="utf-8"))
+    waiver = {"objective": "epoch", "owner": "an owner", "reason": "slow disk", "expires": date(2030, 1, 31)}
+    path = tmp_path / "slo.yaml"
+    path.write_text(yaml.safe_dump(document | {"waivers": [waiver]}), encoding="utf-8")
+    found = plan(tmp_path, slo_path=path, profile="cpu", today=date(2030, 1, 1))
+    words = "Every objective is met or waived: epoch (waived until 2030-01-31); there is nothing to do until then."
+    assert (found["step"], found["do"]) == ("none", words)
+    update_group(group, command=None)
+    for seed, value in enumerate((0.20, 0.25, 0.31)):
+        add_evaluation(group, seed, figures=RECALL | {"i2t_r10": value})
+    doubt = plan(tmp_path, slo_path=path, profile="cpu", today=date(2030, 1, 1))
+    assert (doubt["step"], doubt["command"]) == ("more-seeds", None)
+    assert f"The command of {group.name} is not recorded" in doubt["do"]
+
+
 # ---- applying -------------------------------------------------------------------------------------------------------
 
 
 def test_a_step_sets_what_the_law_says(tmp_path: Path) -> None:
     steps = find_steps(LAW, ["regularise", "viability/more-negatives"], "train")
     assert [step.name for step in steps] == ["viability/regularise", "viability/more-negatives"]
-    changes = [setting(key, value) for key, value in settings_of(steps).items()]
-    config = load_config(TrainConfig, None, ["batch=7", *changes])
-    assert (config.heads.dropout, config.optimiser.weight_decay, config.batch) == (0.3, 0.1, 1000)
+    given = load_config(TrainConfig, None, ["batch=700", "heads.dropout=0.5"])
+    changes = [setting(key, value) for key, value in settings_of(steps, given.model_dump()).items()]
+    config = load_config(TrainConfig, None, ["batch=700", "heads.dropout=0.5", *changes])
+    # More dropout than the step asks for stays; the batch is twice that of the recipe.
+    assert (config.heads.dropout, config.optimiser.weight_decay, config.batch) == (0.5, 0.1, 1400)
+    with pytest.raises(UsageError, match="viability/more-negatives multiplies batch, which has no value"):
+        settings_of(steps)
     assert find_steps(None, [], "train") == ()
 
 
@@ -175,4 +231,6 @@ def test_of_two_steps_that_set_one_key_the_later_holds(tmp_path: Path) -> None:
     document["objectives"][3]["actions"].append({"id": "unlock", "do": "Unlock.", "set": {"image.locked": False}})
     path.write_text(yaml.safe_dump(document), encoding="utf-8")
     steps = find_steps(path, ["epoch/lock-image-tower", "unlock"], "train")
-    assert settings_of(steps) == {"image.locked": False}
+    assert settings_of(steps) == LOCKED | {"image.locked": False}
+    twice = find_steps(path, ["more-negatives", "more-negatives"], "train")
+    assert settings_of(twice, {"batch": 100}) == {"batch": 400}

@@ -7,11 +7,13 @@ import pytest
 import yaml
 
 from chimera_cli.slo.contingency import (
+    changed,
     fill,
     holds,
     more_seeds,
     option,
     planned,
+    resolve,
     same_command,
     setting,
     with_plan,
@@ -82,3 +84,36 @@ def test_settings_hold_where_a_config_has_them_all() -> None:
     assert not held(set={"image.deeper.key": 1})
     assert not held(set={"absent": None})
     assert not held(command="chimera bench loader")
+
+
+@pytest.mark.parametrize(
+    ("change", "settings"),
+    [
+        ({"at_least": {"batch": 4}}, {"batch": 5}),
+        ({"at_least": {"batch": 6}}, {"batch": 6}),
+        ({"at_most": {"batch": 4}}, {"batch": 4}),
+        ({"at_most": {"text.learn_layers": 2}}, {"text.learn_layers": 2}),
+        ({"at_least": {"text.learn_layers": 2}}, {"text.learn_layers": None}),
+        ({"scale": {"batch": 2}}, {"batch": 10}),
+        ({"scale": {"batch": 0.1}}, {"batch": 1}),
+        ({"scale": {"rate": 2}}, {"rate": 0.5}),
+        ({"scale": {"micro_batch": 0.6}}, {"micro_batch": 3}),
+        ({"scale": {"text.learn_layers": 2}}, {}),
+        ({"scale": {"locked": 2}}, {}),
+        ({"scale": {"absent": 2}, "set": {"batch": 7}}, {"batch": 7}),
+    ],
+)
+def test_settings_fit_the_config_they_change(change: dict[str, Any], settings: dict[str, Any]) -> None:
+    config = {"text": {"learn_layers": None}, "batch": 5, "micro_batch": None, "rate": 0.25, "locked": True}
+    action = Action(id="a", do="a", **change)
+    assert resolve(action, config) == settings
+    # What changes nothing is held; what can't be said is not.
+    assert holds(action, config) == (bool(settings) and changed(config, settings) == config)
+
+
+def test_a_changed_config_leaves_the_first_as_it_was() -> None:
+    config = {"text": {"learn_layers": 0, "max_tokens": 32}, "batch": 5}
+    assert changed(config, {"text.learn_layers": 2, "new.key": 1}) == {
+        "text": {"learn_layers": 2, "max_tokens": 32}, "batch": 5, "new": {"key": 1},
+    }  # fmt: skip
+    assert config == {"text": {"learn_layers": 0, "max_tokens": 32}, "batch": 5}
