@@ -308,7 +308,7 @@ def _read_group(path: Path) -> Group:
     """Return the group in a folder. Raises ChimeraError where its group.json is cut off or lacks what every one has."""
     facts = read_json(path / "group.json")
     lacking = sorted({"kind", "status", "created_at", "finished_at", "seeds"} - set(facts))
-    if lacking or not isinstance(facts["seeds"], list) or not all(type(seed) is int for seed in facts["seeds"]):
+    if lacking or not isinstance(facts["seeds"], list) or not all(type(seed) is int and 0 <= seed < 2**63 for seed in facts["seeds"]):
         what = f"lacks {', '.join(lacking)}" if lacking else "holds no list of seeds"
         raise ChimeraError(f"{path / 'group.json'} {what}", "the file was edited; restore it or delete the folder")
     return Group(path, facts)

@@ -136,8 +136,9 @@ def _loader_table(result: Mapping[str, Any]) -> RenderableType:
 def _loader_ceilings(details: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what gathering alone reaches of a memory copy and, on a GPU, the loader of the bus."""
     copy, bus = details["ceiling"], details.get("bus")
-    rows = [("gather only", f"{copy['gather_images_per_s']:,.0f} images/s, {_percent(copy)} of a memory copy "
-                            f"({copy['images_per_s']:,.0f} images/s)")]  # fmt: skip
+    spread = f"{100 * copy['share_least']:.1f} – {100 * copy['share_most']:.1f} %"
+    rows = [("gather only", f"{copy['gather_images_per_s']:,.0f} images/s, median share {_percent(copy)} ({spread}) "
+                            f"of a memory copy ({copy['images_per_s']:,.0f} images/s)")]  # fmt: skip
     if bus:
         rows.append(("bus", f"{bus['images_per_s']:,.0f} images/s ({bus['name']}), {_percent(bus)} reached"))
     return rows

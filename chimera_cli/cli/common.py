@@ -5,12 +5,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
 
 from chimera_cli.events import Listener
+from chimera_cli.runs import cannot_write
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU where there is one.")]
@@ -35,13 +37,23 @@ def emit(result: Mapping[str, Any], as_json: bool, render: Callable[[Mapping[str
 
 
 def write(text: str) -> None:
-    """Write to stdout as it is. A reader who has gone (`| head`) is no error and changes no exit code."""
+    """Write to stdout as it is. A reader who has gone (`| head`) is no error and changes no exit code.
+
+    Raises ChimeraError where stdout can't take it, as a file on a full disk.
+    """
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is still buffered goes nowhere, instead of failing once more when the process ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_stdout()
+    except OSError as error:
+        _let_go_of_stdout()
+        raise cannot_write(Path("stdout"), error) from error
+
+
+def _let_go_of_stdout() -> None:
+    """Send what is still buffered nowhere, instead of failing once more when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -6,9 +6,11 @@ Opening one reads the manifest and file headers alone; numpy and pyarrow are imp
 from __future__ import annotations
 
 import difflib
+import fcntl
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -16,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from chimera_cli.errors import ChimeraError, UsageError
-from chimera_cli.events import Listener, Progress, ignore
-from chimera_cli.runs import content_hash, read_json, write_json
+from chimera_cli.events import Listener, Note, Progress, ignore
+from chimera_cli.runs import cannot_write, content_hash, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +39,21 @@ _ALIASES = {"val": "dev", "valid": "dev", "validation": "dev"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RESERVED = ("downloads",)
 _BLOCK_BYTES = 1 << 22
+
+# What every manifest holds, by type; packs made before duplicates were looked for lack `leakage` and `decoders`.
+_COUNTS = {"images": int, "captions": int}
+_FACTS = {"sha256": str, "bytes": int, "mtime_ns": int}
+_SHAPE: Mapping[str, Any] = {
+    **dict.fromkeys(("name", "source", "source_digest", "created_at", "fit", "licence", "fingerprint"), str),
+    **dict.fromkeys(("size", "image_count", "caption_count"), int),
+    "columns": [str],
+    "skipped": [{"source_file": str, "reason": str}],
+    "captions_per_image": {"least": int, "most": int},
+    "splits": dict.fromkeys((*SPLITS, UNUSED), _COUNTS),
+    "content": dict.fromkeys(("images", "items", "captions"), str),
+    "files": dict.fromkeys((IMAGES, ITEMS, CAPTIONS), _FACTS),
+}
+_WORDS = {"least": int, "mean": (int, float), "most": int}
 
 
 # ---- what a pack is -------------------------------------------------------------------------------------------------
@@ -67,7 +84,11 @@ class CaptionTable:
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """A prepared data set. `fingerprint` names its content: equal pixels, rows and captions have equal fingerprints."""
+    """A prepared data set. `fingerprint` names its content: equal pixels, rows and captions have equal fingerprints.
+
+    Files are opened when they are first asked for. One that is not of this content any more, because the pack was
+    prepared anew since, is a ChimeraError: what is read always belongs together.
+    """
 
     name: str
     path: Path
@@ -90,7 +111,12 @@ class Pack:
         """Return all pixels, (images, size, size, 3) uint8, mapped from disk and read-only."""
         import numpy as np
 
-        pixels: np.ndarray = np.load(self.path / IMAGES, mmap_mode="r", allow_pickle=False)
+        try:
+            pixels: np.ndarray = np.load(self.path / IMAGES, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            self._check_unreplaced()
+            raise ChimeraError(f"{self.path / IMAGES} can't be read: {error}", "prepare the pack again") from error
+        self._check_unreplaced()
         return pixels
 
     def column(self, name: str) -> list[Any]:
@@ -139,11 +165,34 @@ class Pack:
 
     @cached_property
     def _items(self) -> pa.Table:
-        return _read_table(self.path / ITEMS, "image_index")
+        return self._table(ITEMS, "image_index")
 
     @cached_property
     def _captions(self) -> pa.Table:
-        return _read_table(self.path / CAPTIONS, "image_index", "caption_index")
+        return self._table(CAPTIONS, "image_index", "caption_index")
+
+    def _table(self, name: str, *order: str) -> pa.Table:
+        try:
+            table = _read_table(self.path / name, *order)
+        except ChimeraError:
+            self._check_unreplaced()
+            raise
+        self._check_unreplaced()
+        return table
+
+    def _check_unreplaced(self) -> None:
+        """Raise ChimeraError when another content stands where this pack was opened.
+
+        Called after a file was opened, which from then on is the same whatever takes its place.
+        """
+        try:
+            now = read_json(self.path / MANIFEST).get("fingerprint")
+        except ChimeraError:
+            now = None
+        if now != self.fingerprint:
+            raise ChimeraError(
+                f"the pack {self.name} was replaced while it was read", "run the command again: it takes the new one"
+            )
 
 
 def split_name(word: str) -> str:
@@ -224,14 +273,20 @@ def pack_names(data_dir: Path) -> list[str]:
     return sorted(p.name for p in data_dir.iterdir() if not p.name.startswith(".") and (p / MANIFEST).is_file())
 
 
-def list_packs(data_dir: Path) -> list[Pack]:
-    """Return all packs by name, their manifests read and nothing else checked."""
-    return [open_pack(data_dir, name, check=False) for name in pack_names(data_dir)]
+def list_packs(data_dir: Path, listener: Listener = ignore) -> list[Pack]:
+    """Return all packs by name, their manifests read and nothing else checked; the listener is told of broken ones."""
+    packs = []
+    for name in pack_names(data_dir):
+        try:
+            packs.append(open_pack(data_dir, name, check=False))
+        except ChimeraError as error:
+            listener(Note(f"the pack {name} is left out: {error.message}", "warning"))
+    return packs
 
 
-def default_pack(data_dir: Path) -> Pack | None:
+def default_pack(data_dir: Path, listener: Listener = ignore) -> Pack | None:
     """Return the newest pack that was not made by `toy`, else the newest toy, else None; checked as by `open_pack`."""
-    packs = list_packs(data_dir)
+    packs = list_packs(data_dir, listener)
     if not packs:
         return None
     return open_pack(data_dir, max(packs, key=lambda p: (p.manifest["source"] != "toy", p.manifest["created_at"])).name)
@@ -259,8 +314,52 @@ def open_pack(data_dir: Path, name: str, *, check: bool = True) -> Pack:
 def verify_pack(pack: Pack, listener: Listener = ignore) -> list[str]:
     """Return one sentence for each thing that is wrong with a pack after reading all its bytes; [] when it is whole.
 
-    Where only times differ (a copied or restored pack) they are noted in the manifest, so that it opens again.
+    Where only times differ (a copied or restored pack) they are noted in the manifest, so that it opens again. Nobody
+    writes the pack meanwhile: who does is waited for, and what he replaced is a ChimeraError.
     """
+    with _still(pack, listener) as now:
+        return _verify(now, listener)
+
+
+@contextmanager
+def _still(pack: Pack, listener: Listener) -> Iterator[Pack]:
+    """Yield the pack as it is once nobody writes it, and keep it so; where its lock can't be had nobody writes."""
+    data_dir = pack.path.parent
+    lock: AbstractContextManager[None]
+    try:
+        lock_path(data_dir, pack.name).open("a").close()
+        lock = locked_pack(data_dir, pack.name, listener)
+    except OSError:
+        lock = nullcontext()
+    with lock:
+        pack._check_unreplaced()
+        yield Pack(pack.name, pack.path, _read_manifest(pack.path / MANIFEST))
+
+
+def lock_path(data_dir: Path, name: str) -> Path:
+    """Return the file on which writers of a pack wait for each other."""
+    return data_dir / f".{name}.lock"
+
+
+@contextmanager
+def locked_pack(data_dir: Path, name: str, listener: Listener) -> Iterator[None]:
+    """Hold the lock of a pack; where another process holds it, say so and wait. It ends with its process."""
+    path = lock_path(data_dir, name)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            listener(Note(f"the pack {name} is being written or verified by another process: waiting for it"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _verify(pack: Pack, listener: Listener) -> list[str]:
     problems = []
     times = {}
     total = sum(int(facts["bytes"]) for facts in pack.manifest["files"].values())
@@ -305,13 +404,34 @@ def hash_file(path: Path, listener: Listener = ignore, done: int = 0, total: int
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    """Return a manifest with all that is read of it. Raises ChimeraError naming what is absent or of another type."""
     manifest = read_json(path)
-    needed = {"schema_version", "name", "source", "size", "splits", "files", "content", "fingerprint", "created_at"}
-    lacking = sorted((needed | {"image_count"}) - set(manifest))
-    if lacking or manifest["schema_version"] != SCHEMA_VERSION:
-        what = f"lacks {', '.join(lacking)}" if lacking else f"has schema version {manifest['schema_version']}"
+    if manifest.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        what = f"has schema version {manifest['schema_version']}"
+        raise ChimeraError(f"{path} {what}; this chimera reads version {SCHEMA_VERSION}", "prepare the pack again")
+    shape: dict[str, Any] = {"schema_version": int, **_SHAPE}
+    if manifest.get("caption_words") is not None:
+        shape["caption_words"] = _WORDS
+    if lacking := sorted(_misfits(manifest, shape)):
+        more = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
+        what = f"lacks {', '.join(lacking[:8])}{more}, or they are of another type"
         raise ChimeraError(f"{path} {what}; this chimera reads version {SCHEMA_VERSION}", "prepare the pack again")
     return manifest
+
+
+def _misfits(value: Any, shape: Any, place: str = "") -> Iterator[str]:
+    """Yield the dotted names of what is absent from a JSON value or of another type than `shape` gives."""
+    if isinstance(shape, Mapping):
+        if not isinstance(value, dict):
+            yield place
+            return
+        for key, inner in shape.items():
+            yield from _misfits(value.get(key), inner, f"{place}.{key}" if place else key)
+    elif isinstance(shape, list):
+        if not isinstance(value, list) or any(True for entry in value for _ in _misfits(entry, shape[0], "entry")):
+            yield place
+    elif not isinstance(value, shape) or isinstance(value, bool):
+        yield place
 
 
 def _surface_problems(pack: Pack, *, times: bool = True) -> list[str]:

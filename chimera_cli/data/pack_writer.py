@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,11 +34,12 @@ from chimera_cli.data.pack import (
     check_pack_name,
     fingerprint,
     hash_file,
+    locked_pack,
     open_pack,
 )
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Listener, Note, Progress, ignore
-from chimera_cli.runs import cannot_write, utc_now, write_json
+from chimera_cli.runs import cannot_write, read_json, utc_now, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,8 +47,11 @@ if TYPE_CHECKING:
 # Written pixels are sent to the disk in steps, so that no long wait is left for the end.
 _SYNC_BYTES = 1 << 24
 _HASHED_ROWS = 4096
+# Less than any share that can be meant: what is left for training is 1 minus two decimal fractions.
+_NO_SHARE = 1e-9
 # What a pack that is only touched takes over from its new source.
 _TOUCHED = ("source_digest", "skipped", "fit", "licence", "leakage", "decoders")
+_FILES = (IMAGES, ITEMS, CAPTIONS, MANIFEST)
 _OWN_COLUMNS = ("image_index", "source_file", "split", "sha256", "width", "height")
 
 
@@ -116,14 +119,16 @@ def write_pack(
     Identical files in different splits are noted and listed in the manifest as `leakage`. A column of the source with
     a name that packs use themselves is kept as `source_<name>`. Two writers of one pack wait for each other. Raises
     ChimeraError, and leaves nothing, where more than the share `max_bad` of the images is unreadable, a column holds
-    values of several kinds or the disk does not take the files.
+    values of several kinds, the disk does not take the files, or something that is no pack has the name.
     """
     told: dict[str, Any] = {"name": check_pack_name(name), "source": source, "source_digest": source_digest}
     told |= {"size": size, "fit": fit, "licence": licence}
-    with _alone(data_dir, name, listener):
+    with locked_pack(data_dir, name, listener):
         temporary = _sweep(data_dir, name)
-        if kept := _unchanged(data_dir, name, source_digest, listener):
+        most_skipped = len(skipped) + int(max_bad * len(items))
+        if kept := _unchanged(data_dir, name, source_digest, most_skipped, listener):
             return kept
+        _check_replaceable(data_dir / name)
         _check_items(items, split_rule)
         _check_space(data_dir, len(items) * size * size * 3)
         try:
@@ -135,6 +140,7 @@ def write_pack(
             told["skipped"] = [{"source_file": _utf8(s.source_file), "reason": _utf8(s.reason)} for s in left_out]
             told |= _finish_files(temporary, items, written, captions, columns, split_rule)
             _tell_leakage(told["leakage"], listener)
+            _tell_empty_splits(items, split_rule, told["splits"], listener)
             return _publish(temporary, data_dir / name, told, listener)
         except OSError as error:
             raise cannot_write(Path(error.filename or temporary), error) from error
@@ -145,24 +151,6 @@ def write_pack(
 
 
 # ---- before ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _alone(data_dir: Path, name: str, listener: Listener) -> Iterator[None]:
-    """Hold the lock of a pack; where another process holds it, say so and wait. It ends with its process."""
-    path = data_dir / f".{name}.lock"
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            listener(Note(f"the pack {name} is being written by another process: waiting for it"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _sweep(data_dir: Path, name: str) -> Path:
@@ -178,16 +166,52 @@ def _sweep(data_dir: Path, name: str) -> Path:
     return temporary
 
 
-def _unchanged(data_dir: Path, name: str, source_digest: str, listener: Listener) -> Pack | None:
-    """Return the pack that is there when it was made from `source_digest` and looks whole."""
+def _unchanged(data_dir: Path, name: str, source_digest: str, most_skipped: int, listener: Listener) -> Pack | None:
+    """Return the pack that is there when it was made from `source_digest`, looks whole and lacks few enough images."""
     try:
         pack = open_pack(data_dir, name)
     except ChimeraError:
         return None
     if not source_digest or pack.manifest["source_digest"] != source_digest:
         return None
+    if len(pack.manifest["skipped"]) > most_skipped:
+        return None
     listener(Note(f"the pack {name} is up to date: same source, same options, nothing to do"))
     return pack
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise ChimeraError where a pack would take the place of what is none: it may be all that somebody has of it."""
+    if not target.exists() and not target.is_symlink():
+        return
+    hint = "choose another --name, or move it elsewhere"
+    if target.is_symlink() or not target.is_dir():
+        raise ChimeraError(f"{target} is there and is no pack", hint)
+    try:
+        entries = sorted(target.iterdir())
+    except OSError as error:
+        raise ChimeraError(f"{target} can't be read: {error.strerror or error}", "check its permissions") from error
+    foreign = [entry.name for entry in entries if entry.name not in _FILES or _is_folder(entry)]
+    if foreign:
+        raise ChimeraError(f"{target} is there and is no pack: it holds {_utf8(foreign[0])}", hint)
+    if entries and not _has_manifest(target):
+        raise ChimeraError(f"{target} is there and is no pack", hint)
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Return whether a folder has a manifest of ours; one that can't be read is when the other files stand beside."""
+    try:
+        return "fingerprint" in read_json(folder / MANIFEST) or _is_complete(folder)
+    except ChimeraError:
+        return _is_complete(folder)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _FILES)
 
 
 def _check_items(items: Sequence[Item], rule: SplitRule | None) -> None:
@@ -333,10 +357,42 @@ def _assign_splits(items: Sequence[Item], rows: Sequence[_Row], rule: SplitRule 
                 given.setdefault(row.sha256, split)
     free = {row.sha256 for row, split in zip(rows, splits, strict=True) if not split} - given.keys()
     order = sorted(free, key=lambda content: hashlib.sha256(f"{rule.seed}:{content}".encode()).digest())
-    test, dev = round(rule.test * len(order)), round(rule.dev * len(order))
+    test, dev = _split_sizes(rule, len(order), set(given.values()))
     drawn = given | dict.fromkeys(order, "train")
     drawn |= dict.fromkeys(order[:test], "test") | dict.fromkeys(order[test : test + dev], "dev")
     return [split or drawn[row.sha256] for row, split in zip(rows, splits, strict=True)]
+
+
+def _split_sizes(rule: SplitRule, count: int, filled: Collection[str]) -> tuple[int, int]:
+    """Return how many of `count` contents are for test and for dev.
+
+    By rounding, but a split with a share gets one at least, of the largest, if there is one for each; what the source
+    itself has `filled` needs none.
+    """
+    test = round(rule.test * count)
+    dev = min(round(rule.dev * count), count - test)
+    sizes = {"train": count - test - dev, "dev": dev, "test": test}
+    shares = {"train": 1 - rule.dev - rule.test, "dev": rule.dev, "test": rule.test}
+    wanted = [split for split, share in shares.items() if share > _NO_SHARE and split not in filled]
+    if count >= len(wanted):
+        for split in wanted:
+            if not sizes[split]:
+                sizes[max(sizes, key=lambda name: sizes[name])] -= 1
+                sizes[split] = 1
+    return sizes["test"], sizes["dev"]
+
+
+def _tell_empty_splits(
+    items: Sequence[Item], rule: SplitRule | None, counts: Mapping[str, Mapping[str, int]], listener: Listener
+) -> None:
+    """Tell of the splits that have a share in what was drawn and got no image."""
+    if rule is None or all(item.split for item in items):
+        return
+    shares = {"train": 1 - rule.dev - rule.test, "dev": rule.dev, "test": rule.test}
+    empty = [split for split, share in shares.items() if share > _NO_SHARE and not counts[split]["images"]]
+    if empty:
+        told = f"there are too few different images to draw all splits: {' and '.join(empty)} got none"
+        listener(Note(told, "warning"))
 
 
 def _find_leakage(items: Sequence[Item], rows: Sequence[_Row], splits: Sequence[str]) -> list[dict[str, Any]]:
@@ -392,7 +448,7 @@ def _finish_files(
         "created_at": utc_now(),
         "fingerprint": fingerprint(content),
         "image_count": len(rows),
-        "columns": [_stored_name(column) for column in columns],
+        "columns": [_stored_name(column, columns) for column in columns],
         "leakage": _find_leakage(items, rows, splits),
         "decoders": dict(Counter(row.decoder for row in rows if row.decoder)),
     }
@@ -415,7 +471,7 @@ def _write_items(
         "width": pa.array([row.width for row in rows], pa.int32()),
         "height": pa.array([row.height for row in rows], pa.int32()),
     } | {
-        _stored_name(column): pa.array([item.columns.get(column) for item in kept], kind)
+        _stored_name(column, columns): pa.array([item.columns.get(column) for item in kept], kind)
         for column, kind in columns.items()
     }
     pq.write_table(pa.table(table), path)
@@ -431,8 +487,14 @@ def _utf8(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _stored_name(column: str) -> str:
-    return f"source_{column}" if column in _OWN_COLUMNS else column
+def _stored_name(column: str, columns: Collection[str]) -> str:
+    """Return the name under which one of the source's `columns` is kept: one that neither packs nor the source use."""
+    if column not in _OWN_COLUMNS:
+        return column
+    name = f"source_{column}"
+    while name in columns or name in _OWN_COLUMNS:
+        name = f"source_{name}"
+    return name
 
 
 def _caption_lines(rows: Sequence[_Row], captions: Sequence[Caption]) -> pa.Table:
@@ -510,13 +572,15 @@ def _publish(temporary: Path, target: Path, manifest: Mapping[str, Any], listene
         there: Pack | None = open_pack(data_dir, name)
     except ChimeraError:
         there = None
-    if there and there.fingerprint == manifest["fingerprint"]:
+    # The fingerprint goes by the source's names of columns, not by those they are stored under.
+    if there and all(there.manifest[key] == manifest[key] for key in ("fingerprint", "columns")):
         kept = dict(there.manifest, **{key: manifest[key] for key in _TOUCHED})
         write_json(target / MANIFEST, kept)
         listener(Note(f"the pack {name} is up to date: the source was touched, its content is the same"))
         return Pack(name, target, kept)
     write_json(temporary / MANIFEST, manifest)
     aside = data_dir / f".{name}.old"
+    _check_replaceable(target)  # again: hours may have passed
     if target.exists():
         target.rename(aside)
         listener(Note(f"the pack {name} had other content and was replaced", "warning"))

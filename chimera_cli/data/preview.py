@@ -12,16 +12,19 @@ from chimera_cli.runs import cannot_write
 
 _ACROSS, _DOWN = 6, 4
 _TILE, _TEXT, _GAP = 200, 62, 10  # pixels: side of an image, height of its caption, space around
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _FONT_SIZE, _LETTERS, _LINES = 12, 34, 4
 
 
 def contact_sheet(pack: Pack, path: Path) -> Path:
     """Write 24 images, evenly spaced over the pack's first split, with a caption each; return `path`.
 
-    Raises UsageError where Pillow knows no format for the ending of `path`, ChimeraError where it can't be written.
+    Raises UsageError where `path` does not end in .png, .jpg, .jpeg or .webp, ChimeraError where it can't be written.
     """
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise UsageError(f"{path} has no ending of an image format", "call it something.png")
+    if path.suffix.lower() not in _ENDINGS:
+        raise UsageError(
+            f"{path} has no ending of an image format that is written", f"it ends in {', '.join(_ENDINGS)}"
+        )
     split = next((split for split in (*SPLITS, UNUSED) if pack.manifest["splits"][split]["images"]), None)
     if split is None:
         raise ChimeraError(f"the pack {pack.name} has no images", "prepare it again")

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from chimera_cli.data.images import decode_all
 from chimera_cli.data.loader import ahead, empty_buffer, epoch_order
 from chimera_cli.data.pack import Fit, Picture, Unreadable
 from chimera_cli.data.sources.corpus import sift_caption
-from chimera_cli.data.sources.shards import IMAGE_ENDINGS, expand
+from chimera_cli.data.sources.shards import IMAGE_ENDINGS, TAR_DAMAGE, expand
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Listener, Note, Progress, ignore
 from chimera_cli.runs import content_hash
@@ -42,6 +42,7 @@ _META = re.compile(r"__[^/]*__($|/)")  # the library's names for notes about a s
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _TAR_END = bytes(1024)  # two blocks of zeros end every tar archive (POSIX.1-2017, pax, "ustar Interchange Format")
 _READ_BYTES = 1 << 20
+_READS_AT_END = 100  # more than tarfile needs to see that an archive was cut off
 _BUFFER_BYTES = 256 << 20  # what the samples of the shuffle buffer may take at their mean size
 
 
@@ -124,8 +125,6 @@ def _broken(path: Path, what: str) -> ChimeraError:
 
 def _check_ends(path: Path) -> None:
     """Raise ChimeraError where the first and last bytes of a file are not those of a whole, plain tar archive."""
-    import tarfile
-
     with path.open("rb") as file:
         head = file.read(8)
         kind = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
@@ -136,10 +135,19 @@ def _check_ends(path: Path) -> None:
             )
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - len(_TAR_END)))
-        if not tarfile.is_tarfile(path):
+        if not _begins_as_tar(path):
             raise _broken(path, "is no tar archive" if size else "is empty")
         if file.read() != _TAR_END:
             raise _broken(path, f"was cut off: its {size:,} bytes don't end as a tar archive ends")
+
+
+def _begins_as_tar(path: Path) -> bool:
+    import tarfile
+
+    try:
+        return tarfile.is_tarfile(path)
+    except TAR_DAMAGE as error:
+        raise _broken(path, f"is damaged: {_first(error)}") from error
 
 
 def _stated_samples(path: Path) -> int | None:
@@ -172,7 +180,7 @@ def _count_samples(path: Path) -> int:
             end = raw.seek(tar.offset)
             if any(raw.read(512)):
                 raise _broken(path, f"is damaged at byte {end:,}")
-    except (tarfile.TarError, ValueError) as error:
+    except TAR_DAMAGE as error:
         raise _broken(path, f"is damaged: {_first(error)}") from error
     return samples
 
@@ -262,19 +270,34 @@ def _encoded(order: Sequence[Shard], ledger: _Ledger, stop: threading.Event) -> 
         ledger.settle([])
 
 
+@dataclass(slots=True)
+class _Ending:
+    """A file whose end is an error for whoever reads on and on: tarfile would, up to the size that a header states."""
+
+    file: BinaryIO
+    empty: int = 0
+
+    def read(self, size: int) -> bytes:
+        import tarfile
+
+        content = self.file.read(size)
+        self.empty += not content
+        if self.empty > _READS_AT_END:
+            raise tarfile.ReadError("unexpected end of data")
+        return content
+
+
 def _read_shard(path: Path) -> Iterator[Sample]:
     """Yield the samples of a shard as the library groups them. Raises ChimeraError for one that is damaged."""
-    import tarfile
-
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     try:
         # Opened here: the library would take a name for a URL or a command, and would never close the file. Each read
         # of the file itself lets go of the interpreter's lock and must get it back from the decoders.
         with path.open("rb", buffering=_READ_BYTES) as file:
-            opened = [{"url": path.name, "stream": file}]
+            opened = [{"url": path.name, "stream": _Ending(file)}]
             yield from group_by_keys(tar_file_expander(opened, select_files=_is_wanted))
-    except (tarfile.TarError, ValueError) as error:
+    except TAR_DAMAGE as error:
         raise _broken(path, f"is damaged: {_first(error)}") from error
     except OSError as error:
         raise _broken(path, f"can't be read: {error.strerror or _first(error)}") from error

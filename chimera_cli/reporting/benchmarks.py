@@ -57,13 +57,13 @@ def _encoder_rows(evidence: Evidence | None) -> list[tuple[Text, ...]]:
         return [unmeasured(name, "chimera bench encoders", len(_COMPONENTS)) for name in names]
     return [
         (
-            (f"{part['component']} (", Mono(str(part["name"])), ")"),
+            (f"{part.get('component', 'encoder')} (", Mono(str(part.get("name"))), ")"),
             *_batch_and_latency(part),
             f"{format_value('', part.get('throughput_per_s'))} {part.get('unit', '')}/s",
             gib(part.get("vram_peak_gb")),
             _ceiling(part.get("ceiling")),
         )
-        for part in evidence.details.get("components", ())
+        for part in evidence.details.get("components") or ()
     ]
 
 
@@ -78,7 +78,7 @@ def _batch_and_latency(part: Mapping[str, Any]) -> tuple[str, str, str]:
 def _ceiling(ceiling: Mapping[str, Any] | None) -> str:
     if not ceiling or ceiling.get("share_reached") is None:
         return DASH
-    return f"{100 * ceiling['share_reached']:.1f} % of {ceiling['name']}"
+    return f"{100 * ceiling['share_reached']:.1f} % of {ceiling.get('name', 'what is possible')}"
 
 
 # ---- peers ----------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def _recall_row(evidence: Evidence | None) -> list[tuple[Text, ...]]:
     if evidence is None or evidence.details.get("ranks_s") is None:
         return []
     details = evidence.details
-    sizes = f"{details.get('images', 0):,} images x {details.get('captions', 0):,} captions"
+    sizes = f"{details.get('images') or 0:,} images x {details.get('captions') or 0:,} captions"
     remark = f"{times(details.get('ratio'))} the bare matrix product; {gib(details.get('extra_memory_gb'))} extra"
     name = f"recall of {sizes}, {details.get('dim', '?')} dimensions"
     return [(name, format_seconds(details["ranks_s"]), remark)]

@@ -187,10 +187,14 @@ def _similarities(evaluation: Evaluation) -> Plot | None:
 def _histogram(evaluation: Evaluation) -> tuple[list[float], dict[str, list[float]]]:
     """Return the edges and the counts of both kinds summed over the seeds; no counts where no seed has any.
 
+    Nor where the seeds were evaluated on different things.
+
     Seeds whose edges differ from the first one's, and histograms that don't fit their edges, are left out.
     """
     edges: list[float] = []
     sums: dict[str, list[float]] = {}
+    if evaluation.mixed:
+        return edges, sums
     for one in evaluation.by_seed.values():
         found = one.get("similarities") or {}
         kinds = {name: [float(count) for count in found.get(name) or ()] for name in ("matched", "unmatched")}
@@ -224,7 +228,8 @@ def _ladder(facts: Facts) -> Plot | None:
     for place, (_, _, figures, ours) in enumerate(rows):
         pairs = [(name, figures.get(name)) for name in ("i2t_r10", "t2i_r10")]
         known = [100 * value for _, value in pairs if value is not None]
-        axes.hlines(place, min(known), max(known), color=FAINT, linewidth=2)
+        if known:
+            axes.hlines(place, min(known), max(known), color=FAINT, linewidth=2)
         for index, (_, value) in enumerate(pairs):
             if value is not None:
                 size = (7.5 if ours else 5.5) - index

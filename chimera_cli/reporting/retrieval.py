@@ -24,6 +24,7 @@ def retrieval_section(facts: Facts) -> Section:
 def _evaluation(facts: Facts, evaluation: Evaluation) -> Iterator[Block]:
     first = evaluation.first
     counts = f": {plural(first['images'], 'image')}, {plural(first['captions'], 'caption')}. "
+    counts = f": {evaluation.mixed}. " if evaluation.mixed else counts
     yield Paragraph((Strong(f"{evaluation.pack}, {evaluation.split}"), counts, caveat(facts, evaluation)))
     columns = ("figure", *(f"seed {seed}" for seed in evaluation.by_seed), "mean ± std (n)", "chance")
     rows = []
@@ -42,7 +43,9 @@ def caveat(facts: Facts, evaluation: Evaluation) -> str:
     if evaluation.split == "dev":
         return "The checkpoint was chosen on this split, so its figures are a little optimistic."
     if evaluation.split == "test":
-        looks = int(facts.group.facts.get("test_looks") or 0)
+        looks = facts.group.facts.get("test_looks")
+        if type(looks) is not int:
+            return "How often the test split was looked at with this run is not known."
         return f"The test split was looked at {plural(looks, 'time')} with this run."
     return ""
 
@@ -85,11 +88,13 @@ def ladder_rows(facts: Facts) -> list[tuple[str, str, Mapping[str, float | None]
     """
     pack = facts.group.facts.get("pack") or {}
     test = next((e for e in facts.evaluations if e.split == "test" and e.pack == pack.get("name")), None)
-    if test is None or not comparable(str(pack.get("source")), test.split, int(test.first["images"])):
+    if test is None or not comparable(str(pack.get("source")), test.split, test.first["images"]):
         return []
     rows: list[tuple[str, str, Mapping[str, float | None], bool]] = []
     rows += [(rung.name, rung.source, dict(rung.figures), False) for rung in LADDER]
     ours = {name: summary.mean if (summary := test.figures.get(name)) else None for name in RECALLS}
+    if all(value is None for value in ours.values()):
+        return []
     rows.append((f"this run, mean of {len(test.by_seed)}", facts.group.name, ours, True))
     return sorted(rows, key=lambda row: row[2].get("i2t_r10") or 0.0)
 
@@ -115,4 +120,6 @@ def _no_ladder(facts: Facts) -> Text:
     if (facts.group.facts.get("pack") or {}).get("source") != PACK_SOURCE:
         return "Published figures are of the Flickr8k test split; this pack is another one, so they can't stand here."
     command = f"chimera eval --run {facts.group.name} --split test"
+    if any(one.split == "test" and one.mixed for one in facts.evaluations):
+        return ("Seeds that were not evaluated alike have no place on the ladder: run ", Mono(command), " again.")
     return ("Published figures stand only beside figures of the test split: run ", Mono(command), ".")

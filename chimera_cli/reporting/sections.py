@@ -7,7 +7,7 @@ from typing import Any
 from chimera_cli.figures import FIGURES, format_value
 from chimera_cli.reporting.benchmarks import benchmarks_section
 from chimera_cli.reporting.document import Block, Code, Document, Mono, Paragraph, Section, Strong, Text, table
-from chimera_cli.reporting.facts import Facts
+from chimera_cli.reporting.facts import Evaluation, Facts
 from chimera_cli.reporting.retrieval import ladder_section, retrieval_section
 from chimera_cli.reporting.verdicts import Verdicts, slo_section
 from chimera_cli.reporting.words import DASH, hardware_line, plural
@@ -47,10 +47,13 @@ def _lead(facts: Facts) -> tuple[Block, ...]:
 def run_line(facts: Facts) -> Text:
     """Return which run this is: name, seeds, pack, status and time."""
     group, pack = facts.group, facts.group.facts.get("pack") or {}
+    stream = (group.facts.get("stream") or {}).get("pattern")
     seeds = f"{plural(len(facts.seeds), 'seed')} ({', '.join(map(str, facts.seeds))})"
     when = group.facts.get("finished_at")
     state = f", {group.status} {when[:16].replace('T', ' ')} UTC." if when else f", {group.status}."
-    return ("Run ", Mono(group.name), f": {seeds} on the pack ", Mono(str(pack.get("name", "none"))), state)
+    name = Mono(str(pack.get("name", "none")))
+    on = (" on the stream ", Mono(str(stream)), ", dev and test of the pack ") if stream else (" on the pack ",)
+    return ("Run ", Mono(group.name), f": {seeds}", *on, name, state)
 
 
 def _plan(facts: Facts) -> tuple[Block, ...]:
@@ -73,10 +76,20 @@ def warnings(facts: Facts, verdicts: Verdicts) -> tuple[Block, ...]:
     missing = [str(seed) for seed in facts.seeds if seed not in facts.results]
     if missing:
         found.append((Strong("Incomplete."), f" No result of seed {', '.join(missing)}."))
+    found += [_not_averaged(facts, one) for one in facts.evaluations if one.mixed]
     for problem, files in facts.seal_problems.items():
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         found.append((Strong("No evidence."), " ", Mono(files[0]), f"{more} {problem}."))
     return tuple(Paragraph(text, quoted=True) for text in found)
+
+
+def _not_averaged(facts: Facts, evaluation: Evaluation) -> Text:
+    """Return which seeds keep a split from having a mean, and the command that evaluates all of them alike."""
+    words = ["chimera", "eval", "--run", facts.group.name, "--split", evaluation.split]
+    if evaluation.pack != (facts.group.facts.get("pack") or {}).get("name"):
+        words += ["--data", evaluation.pack]
+    told = f" {evaluation.pack}, {evaluation.split}: {evaluation.mixed}; run "
+    return (Strong("Not averaged."), told, Mono(shlex.join(words)), ".")
 
 
 def _commit(environment: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -151,21 +164,27 @@ def commands(facts: Facts, verdicts: Verdicts) -> list[str]:
         *(item.group.facts.get("command") for item in benchmarks if item is not None),
         facts_of.get("command"),
         *(f"chimera eval --run latest --split {split}" for split in splits),
-        _on_latest(verdicts.command, facts.group.name),
-        "chimera report --run latest > benchmarks.md",
+        shlex.join(_on_latest(shlex.split(verdicts.command), facts.group.name)),
+        shlex.join(["chimera", "report", "--run", _latest(facts), *verdicts.options]) + " > benchmarks.md",
     ]
     return list(dict.fromkeys(str(command) for command in wanted if command))
 
 
-def _on_latest(command: str, run: str) -> str:
-    """Return the command on the newest run: made again, the run has another name."""
-    words: Sequence[str] = shlex.split(command)
-    return shlex.join(["latest" if word == run else word for word in words]) if run in words else command
+def _on_latest(words: Sequence[str], run: str) -> list[str]:
+    """Return the words of a command on the newest run, or its seed: made again, the run has another name."""
+    return ["latest" + word.removeprefix(run) if word == run or word.startswith(f"{run}/") else word for word in words]
+
+
+def _latest(facts: Facts) -> str:
+    """Return what names the reported run, or its one reported seed, once it is the newest."""
+    return "latest" if facts.seeds == facts.group.seeds else f"latest/seed-{facts.seeds[0]}"
 
 
 def prepare_command(pack: Mapping[str, Any]) -> str:
-    """Return the command that makes the pack again; the folder of the source is the reader's own."""
+    """Return the command that makes the pack again; where its source lies (PATH) the reader must say."""
     if not pack:
         return ""
     source, name = str(pack.get("source")), str(pack.get("name"))
-    return f"chimera data prepare {source}" + ("" if name == source else f" --name {name}")
+    words = ["chimera", "data", "prepare", source]
+    words += [] if source in ("flickr8k", "toy") else ["--from", "PATH"]
+    return shlex.join([*words, *([] if name == source else ["--name", name])])

@@ -1,5 +1,6 @@
 """The outcome of `slo check` in a report: verdicts, the limits that plots draw, and the contingency steps taken."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from chimera_cli.figures import format_value
 from chimera_cli.reporting.document import Block, Mono, Paragraph, Section, Span, Strong, Text, table
 from chimera_cli.reporting.facts import Facts
+from chimera_cli.reporting.reading import number_of, results
 from chimera_cli.reporting.words import DASH, sentence
 from chimera_cli.runs import Group
 
@@ -47,7 +49,7 @@ class Verdicts:
     """The outcome of `slo check`: `remarks` are sentences that every output of it must carry.
 
     `waivers` say who answers for which breach until when, as every output must. Without `law` the objectives are a
-    check of the plumbing, and the report says so before anything else.
+    check of the plumbing, and the report says so before anything else. `options` make `chimera report` check alike.
     """
 
     rows: tuple[Verdict, ...]
@@ -56,6 +58,7 @@ class Verdicts:
     law: bool = True
     limits: tuple[Limit, ...] = ()
     waivers: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
     def limit(self, figure: str) -> Limit | None:
         """Return what a figure is held against, a demand before a wish; None where nothing says."""
@@ -76,7 +79,23 @@ def verdicts_of(check: Mapping[str, Any], remarks: Sequence[str] = ()) -> Verdic
     law = bool(check["law"])
     limits = [limit for objective in check["objectives"] for limit in _limits(objective, "law" if law else "limit")]
     waivers = tuple(str(waiver["words"]) for waiver in check.get("waivers") or ())
-    return Verdicts(tuple(rows), (*remarks, *check["remarks"]), str(check["command"]), law, tuple(limits), waivers)
+    return Verdicts(
+        rows=tuple(rows),
+        remarks=(*remarks, *check["remarks"]),
+        command=str(check["command"]),
+        law=law,
+        limits=tuple(limits),
+        waivers=waivers,
+        options=_options(check),
+    )
+
+
+def _options(check: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the file of objectives, as the check's own command names it, and the profile."""
+    words = shlex.split(str(check["command"]))
+    file = words[words.index("--slo") + 1] if "--slo" in words[:-1] else None
+    given = {"--slo": file, "--profile": check.get("profile")}
+    return tuple(word for option, value in given.items() if value for word in (option, str(value)))
 
 
 def _limits(objective: Mapping[str, Any], kind: str) -> Iterator[Limit]:
@@ -133,11 +152,10 @@ def _contingency(facts: Facts) -> tuple[Block, ...]:
 def _activation(group: Group, ours: bool) -> tuple[Text, ...]:
     plan = group.facts["plan"]
     name: Text = (Mono(group.name), " (this run)") if ours else Mono(group.name)
-    best = [float(value) for value in map(_best_rsum, group.results()) if value is not None]
+    best = [value for _, result, _ in results(group) if (value := _best_rsum(result)) is not None]
     reached = format_value("rsum", sum(best) / len(best) if best else None)
     return (Mono(str(plan.get("action"))), Mono(str(plan.get("objective"))), name, group.status, reached)
 
 
 def _best_rsum(result: Mapping[str, Any]) -> float | None:
-    value = ((result.get("details") or {}).get("best_dev") or {}).get("rsum")
-    return value if isinstance(value, int | float) else None
+    return number_of(((result.get("details") or {}).get("best_dev") or {}).get("rsum"))

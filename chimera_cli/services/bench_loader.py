@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from chimera_cli.errors import UsageError
 from chimera_cli.events import Listener, Note, Progress, StepDone, ignore
 from chimera_cli.services.bench_common import SEED, WARM_UP_BATCHES, fastest, percentiles_ms
 
@@ -94,7 +95,7 @@ def bench_loader(
 
     With a config its sizes and augmentation hold, and on a GPU its real training step takes the batches while the
     utilisation is averaged; the CPU law asks for the loader alone. `against` names the peers to measure beside it.
-    Writes a group of kind `bench-loader`.
+    Writes a group of kind `bench-loader`. Raises UsageError for a batch larger than the training split.
     """
     from chimera_cli.runtime import pick_device, reset_memory_peaks, seed_everything
     from chimera_cli.services.peers import need_peers
@@ -107,6 +108,7 @@ def bench_loader(
     picked = pick_device(device)
     pack = need_pack(home, data, listener)
     setting = loader_setting(pack, batch, config, config_path)
+    _check_batch(pack, setting.batch)
     seed_everything(SEED)
     reset_memory_peaks(picked)
     settings = asdict(setting) | {"seconds": seconds} | ({"against": asdict(against)} if against else {})
@@ -217,6 +219,15 @@ def loader_setting(
     )
 
 
+def _check_batch(pack: "Pack", batch: int) -> None:
+    """Raise UsageError for a batch that no epoch fills."""
+    if batch > (images := len(pack.split_indices("train"))):
+        raise UsageError(
+            f"a batch of {batch:,} is more than the {images:,} images in the training split of {pack.name}",
+            f"give --batch {images} or less",
+        )
+
+
 def _real_step(config: "TrainConfig | None", pack: "Pack", device: "torch.device", listener: Listener) -> "Step | None":
     """Return what trains the config on batches of pixels; None on a CPU, whose law asks for the loader alone."""
     if device.type == "cpu":
@@ -253,7 +264,7 @@ def endless_batches(images: "Pixels", indices: "Indices", batch: int, device: "t
 
 def may_flip(pack: "Pack", setting: LoaderSetting) -> "torch.Tensor | None":
     """Return which training images, (n,) bool, the setting lets be mirrored; None where it mirrors none."""
-    from chimera_cli.services.inputs import images_without_sides
+    from chimera_cli.services.embeddings import images_without_sides
 
     return images_without_sides(pack) if setting.flip else None
 

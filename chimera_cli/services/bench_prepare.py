@@ -114,7 +114,7 @@ def measure(home: Path, origin: Path | None, setting: PrepareSetting, tell: List
     from chimera_cli.runtime import cpu_cores
 
     cores = cpu_cores()
-    with _working_folder(home) as folder:
+    with working_folder(home) as folder:
         photos = find_photos(origin, setting.images) if origin else draw_photos(folder, setting.images, tell)
         works: dict[str, Callable[[], None]] = {
             "prepare": lambda: prepare(photos, folder, setting, "auto"),
@@ -123,7 +123,7 @@ def measure(home: Path, origin: Path | None, setting: PrepareSetting, tell: List
             "prepare with Pillow alone": lambda: prepare(photos, folder, setting, "pillow"),
         }
         real, bare, bare_threads, pillow = _interleaved(works, len(photos), rounds, folder / _PACKS, tell)
-        total_bytes = sum(photo.stat().st_size for photo in photos)
+        total_bytes = sum(photo.stat().st_size for photo in photos if photo.is_file())
     at_best = [cores * rate for rate in bare.images_per_s]
     return {
         "images": len(photos),
@@ -152,15 +152,16 @@ def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 @contextmanager
-def _working_folder(home: Path) -> Iterator[Path]:
-    """Yield a folder on the disk where packs lie, gone afterwards."""
+def working_folder(home: Path) -> Iterator[Path]:
+    """Yield a folder on the disk where packs lie, gone afterwards. Raises ChimeraError where it can't be made."""
     from chimera_cli.runs import cannot_write
 
     try:
-        with tempfile.TemporaryDirectory(prefix=".bench-prepare-", dir=home) as folder:
-            yield Path(folder)
+        made = tempfile.TemporaryDirectory(prefix=".bench-prepare-", dir=home, ignore_cleanup_errors=True)
     except OSError as error:
-        raise cannot_write(Path(error.filename or home), error) from error
+        raise cannot_write(home, error) from error
+    with made as folder:
+        yield Path(folder)
 
 
 def _interleaved(
@@ -218,7 +219,15 @@ def _bare_loop(photos: Sequence[Path], setting: PrepareSetting) -> None:
     from chimera_cli.data.images import decode
 
     for photo in photos:
-        decode(photo.read_bytes(), setting.size, setting.fit)
+        decode(_read(photo), setting.size, setting.fit)
+
+
+def _read(photo: Path) -> bytes:
+    """Return the bytes of a photo; none of one that can't be read, which the real road leaves out as well."""
+    try:
+        return photo.read_bytes()
+    except OSError:
+        return b""
 
 
 # ---- photos ---------------------------------------------------------------------------------------------------------
@@ -239,6 +248,8 @@ def draw_photos(folder: Path, count: int, tell: Listener = ignore) -> list[Path]
     """Return `count` JPEGs with the size and detail of photos, written to `folder`."""
     import numpy as np
 
+    from chimera_cli.runs import cannot_write
+
     different = min(count, _DRAWN)
     pictures = []
     for number in range(different):
@@ -249,7 +260,10 @@ def draw_photos(folder: Path, count: int, tell: Listener = ignore) -> list[Path]
     photos = []
     for number, content in zip(range(count), itertools.cycle(contents), strict=False):
         photos.append(folder / f"{number:06d}.jpg")
-        photos[-1].write_bytes(content)
+        try:
+            photos[-1].write_bytes(content)
+        except OSError as error:
+            raise cannot_write(photos[-1], error) from error
     return photos
 
 

@@ -95,6 +95,7 @@ def prepare(
     _check_options(source, origin, options)
     chosen = check_pack_name(name or _default_name(known, source, origin))
     order = _Order(source, home / "data", chosen, origin, size or known.default, fit, max_bad, max_pixels, options)
+    _check_apart(order)
     before = _created_at(order.data_dir / order.name)
     pack = known.make(order, listener)
     return PrepareResult(pack, unchanged=before == pack.manifest["created_at"])
@@ -152,6 +153,18 @@ def _check_options(source: str, origin: Path | None, options: SourceOptions) -> 
             raise UsageError(f"{source} takes no --{option.replace('_', '-')}", f"it belongs to {takers}")
     if origin is None and known.needs:
         raise UsageError(f"{source} needs --from", f"give {known.needs}")
+
+
+def _check_apart(order: _Order) -> None:
+    """Raise UsageError where a source lies in the folder that the pack would replace."""
+    target = (order.data_dir / order.name).resolve()
+    for option, path in (
+        ("--from", order.origin),
+        ("--images", order.options.images),
+        ("--split-file", order.options.split_file),
+    ):
+        if path is not None and path.expanduser().resolve().is_relative_to(target):
+            raise UsageError(f"{option} {path} lies in {target}, where the pack goes", "choose another --name")
 
 
 def _default_name(known: "_Source", source: str, origin: Path | None) -> str:

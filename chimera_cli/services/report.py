@@ -13,7 +13,7 @@ from chimera_cli.errors import ChimeraError, UsageError
 
 if TYPE_CHECKING:
     from chimera_cli.reporting.document import Document
-    from chimera_cli.reporting.facts import Evidence, Facts
+    from chimera_cli.reporting.facts import Curves, Evidence, Facts
     from chimera_cli.reporting.verdicts import Verdicts
 
 
@@ -44,15 +44,14 @@ def report(
     """Return the report of a training run, write it with plots to `html` and in short between the markers of `update`.
 
     `profile` None: cpu for a run that was made without a GPU, else gpu; the report says which. Raises UsageError where
-    `run` names nothing or no training run, `update` lacks its markers or `html` is a folder, ChimeraError for broken
-    result files or a page that can't be written.
+    `run` names nothing or no training run, `update` lacks its markers or `html` is something else than a page,
+    ChimeraError for a page that can't be written. Broken result files are told in the report.
     """
     from chimera_cli.reporting import markdown, sections
-    from chimera_cli.reporting.facts import collect
+    from chimera_cli.reporting.facts import collect, read_curves, with_problems
     from chimera_cli.reporting.verdicts import verdicts_of
 
-    if html is not None and html.is_dir():
-        raise UsageError(f"{html} is a folder", f"name a file, such as {html / 'report.html'}")
+    _check_page(html, update)
     groups = runs.list_groups(home)
     group, seed = runs.resolve_run(home, run, groups=groups)
     if group.kind != "train":
@@ -60,12 +59,14 @@ def report(
             f"{group.name} is a {group.kind} run", "report takes a train run and finds the benchmarks that fit it"
         )
     facts = collect(home, group, None if seed is None else (seed,), groups)
+    curves = {} if html is None else read_curves(facts)
+    facts = with_problems(facts, curves)
     check = _check(home, facts, profile, slo)
     verdicts = verdicts_of(check, _why_this_profile(profile, str(check["profile"])))
     document = sections.build(facts, verdicts)
     changed = update is not None and _update(update, facts, verdicts)
     if html is not None:
-        _write_page(html, document, facts, verdicts)
+        _write_page(html, document, facts, curves, verdicts)
     return Report(markdown.render(document), _as_json(facts, check, html, update, changed), html, update, changed)
 
 
@@ -86,11 +87,36 @@ def _why_this_profile(wanted: str | None, used: str) -> tuple[str, ...]:
     return (f"judged under profile {used}, because this run was made without a GPU",)
 
 
-def _write_page(path: Path, document: "Document", facts: "Facts", verdicts: "Verdicts") -> None:
-    from chimera_cli.reporting import html, plots
-    from chimera_cli.reporting.facts import loader_curves, read_curves
+def _check_page(html: Path | None, update: Path | None) -> None:
+    """Raise UsageError where the page would replace something that is no page."""
+    if html is None:
+        return
+    elsewhere = "name another file, such as report.html"
+    if update is not None and html.resolve() == update.resolve():
+        raise UsageError(f"--html and --update both name {html}", elsewhere)
+    if html.is_dir():
+        raise UsageError(f"{html} is a folder", f"name a file, such as {html / 'report.html'}")
+    if not html.exists():
+        return
+    if not html.is_file():
+        raise UsageError(f"{html} is no file", elsewhere)
+    try:
+        with html.open("rb") as file:
+            start = file.read(1024)
+    except OSError as error:
+        raise ChimeraError(f"{html} can't be read: {error.strerror}", "check the file's permissions") from error
+    # An empty file is what `mktemp` leaves.
+    if start and not start.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(b"<!doctype html"):
+        raise UsageError(f"{html} exists and is no HTML page", f"{elsewhere}, or remove it first")
 
-    drawn = plots.draw(facts, read_curves(facts), loader_curves(facts), verdicts)
+
+def _write_page(
+    path: Path, document: "Document", facts: "Facts", curves: "Mapping[int, Curves]", verdicts: "Verdicts"
+) -> None:
+    from chimera_cli.reporting import html, plots
+    from chimera_cli.reporting.facts import loader_curves
+
+    drawn = plots.draw(facts, curves, loader_curves(facts), verdicts)
     runs.write_text(path, html.render(document, drawn, html.headlines(facts, verdicts), facts.group.name))
 
 
@@ -158,6 +184,7 @@ def _as_json(
                 "pack": one.pack,
                 "split": one.split,
                 "seeds": list(one.by_seed),
+                "mixed": one.mixed or None,
                 "figures": {name: None if s is None else s.as_dict() for name, s in one.figures.items()},
             }
             for one in facts.evaluations

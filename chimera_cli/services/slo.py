@@ -12,7 +12,7 @@ from chimera_cli.errors import ChimeraError, ExitCode, UsageError
 from chimera_cli.figures import FIGURES
 from chimera_cli.runs import Group, list_groups, read_sealed_json, resolve_run, source_hash
 from chimera_cli.slo.contingency import changed, fill, more_seeds, option, resolve, with_seeds
-from chimera_cli.slo.evidence import Evidence, Subject, device_of, gather, pack_of
+from chimera_cli.slo.evidence import Evidence, Subject, device_of, gather, number, pack_of
 from chimera_cli.slo.ladder import TEST_IMAGES, comparable, gaps, next_rung
 from chimera_cli.slo.objectives import PROFILES, Action, Objective, Profile, Slos, for_profile, left_out
 from chimera_cli.slo.verdicts import Finding, Verdict, Word, judge, worst_of
@@ -25,7 +25,7 @@ from chimera_cli.slo.words import (
     sources,
     waiver_facts,
 )
-from chimera_cli.statistics import Summary, summarise
+from chimera_cli.statistics import Summary, summarise_known
 
 NOT_THE_LAW = "not the law"
 
@@ -64,9 +64,9 @@ def slo_file(path: Path) -> Path:
 def load_slos(path: Path) -> Slos:
     """Return the objectives in a YAML file. Raises UsageError naming every wrong key, figure and setting."""
     slos = validate(Slos, read_yaml(slo_file(path)), str(path))
-    for number, objective in enumerate(slos.objectives):
+    for place, objective in enumerate(slos.objectives):
         for action in objective.actions:
-            _check_settings(objective, action, f"{path}: objectives.{number}.actions.{action.id}")
+            _check_settings(objective, action, f"{path}: objectives.{place}.actions.{action.id}")
     return slos
 
 
@@ -361,7 +361,6 @@ def _on_the_ladder(document: Mapping[str, Any], pack: Mapping[str, Any]) -> bool
 
 
 def _mean_figures(documents: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    names = [
-        name for name in documents[0] if all(isinstance(document.get(name), int | float) for document in documents)
-    ]
-    return {name: summarise([float(document[name]) for document in documents]).mean for name in names}
+    known = {name: [number(document.get(name)) for document in documents] for name in documents[0]}
+    summaries = {name: summarise_known(values) for name, values in known.items()}
+    return {name: summary.mean for name, summary in summaries.items() if summary is not None}

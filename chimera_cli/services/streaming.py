@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from chimera_cli.data.pack import Pack
     from chimera_cli.data.streaming import ShardSet, StreamBatch
     from chimera_cli.models.dual_encoder import DualEncoder
-    from chimera_cli.models.text_tower import Tokens
+    from chimera_cli.models.tokens import Tokens
     from chimera_cli.training.batches import PairBatch
 
 # Images that a locked tower takes at a time: its first layers hold ten times what the pixels do.

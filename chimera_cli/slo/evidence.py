@@ -1,6 +1,5 @@
 """Which result files stand for an objective, and what they say. Reads JSON alone; missing evidence is a sentence."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +8,9 @@ from typing import Any
 from chimera_cli.errors import ChimeraError
 from chimera_cli.runs import MADE_WITH, Group, read_json, seal_problem, source_hash
 from chimera_cli.slo.objectives import Objective
+
+# No figure comes near; what is larger was put there by hand, and sums of it would overflow.
+_LARGEST = 1e15
 
 Values = tuple[float | None, ...]
 
@@ -105,13 +107,13 @@ def evidence_of(objective: Objective, home: Path, group: Group, seeds: Sequence[
         return Evidence(group, files, missing=f"{need}, {group.name} has {len(seeds)} to look at", again=True)
     by_seed = [one.document["figures"] for one in found]
     names = {name for figures in by_seed for name in figures}
-    figures = {name: tuple(_number(figures.get(name)) for figures in by_seed) for name in names}
+    figures = {name: tuple(number(figures.get(name)) for figures in by_seed) for name in names}
     return Evidence(group, files, tuple(seeds), figures)
 
 
-def _number(value: Any) -> float | None:
-    """Return a finite number; None for anything else, NaN included, because it proves nothing."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def number(value: Any) -> float | None:
+    """Return a number that was measured; None for anything else, NaN and the immeasurably large included."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         return None
     return float(value)
 

@@ -8,10 +8,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-Cell = str | Text
+from chimera_cli.ui.text import CONTROLS
 
-# As in `ui.text`: what a terminal would obey instead of show.
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+Cell = str | Text
 
 # `41.7 %`, `-0.3`, `≥ 0.25`, `2 min 03 s`, a missing `–`: what reads best aligned to the right.
 _NUMERIC = re.compile(r"^([<>=≤≥±~]*\s*[-+−]?\d.*|–|)$")
@@ -38,7 +37,7 @@ def word(text: str) -> Text:
 
 def cell(value: Cell) -> Text:
     """Return `value` for a table: a string is never read as markup, its control characters become spaces."""
-    return value if isinstance(value, Text) else Text(_CONTROLS.sub(" ", value))
+    return value if isinstance(value, Text) else Text(CONTROLS.sub(" ", value))
 
 
 def result_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:

@@ -4,8 +4,8 @@ import re
 
 from rich.markup import escape
 
-# C0 and C1 controls; an escape sequence without its ESC byte is plain text.
-CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# C0 and C1 controls, and those that turn the direction of writing; an escape sequence without its ESC is plain text.
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def plain(text: str, limit: int = 0) -> str:

@@ -5,17 +5,19 @@ import struct
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
 
 from chimera_cli.data import images
 from chimera_cli.data.images import MAX_PIXELS, decode, decode_all
 from chimera_cli.data.pack import Fit, Picture, Unreadable
+from chimera_cli.data.resize import make_plan
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -111,7 +113,8 @@ WAYS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("detail", [SMOOTH, 1.0, ROUGH])
 def test_jpegs_of_all_kinds_look_as_pillow_shows_them(detail: float, fit: Fit) -> None:
     # 500 x 375 is decoded whole, the larger one at half, the largest at a quarter of its size.
-    for sides, size in (((500, 375), 224), ((641, 483), 96), ((701, 900), 64)):
+    for sides, size, eighths in (((500, 375), 224, 8), ((641, 483), 56, 4), ((701, 900), 40, 2)):
+        assert images._eighths(make_plan(*sides, size, "crop")) == eighths
         image = photo(*sides, detail)
         for way in WAYS:
             content = encoded(image, "JPEG", **way)
@@ -131,12 +134,38 @@ def test_odd_tiny_and_wide_jpegs_look_as_pillow_shows_them(sides: tuple[int, int
             assert difference(content, size, fit) < 1.5
 
 
-def test_white_noise_is_the_worst_case() -> None:
-    noise = np.random.default_rng(0).normal(128, 40, (750, 1001, 3)).clip(0, 255).astype(np.uint8)
-    content = encoded(Image.fromarray(noise), "JPEG", quality=95, subsampling="4:4:4")
-    assert {size: difference(content, size, "crop") < 2 for size in (300, 200, 186, 120, 64)} == dict.fromkeys(
-        (300, 200, 186, 120, 64), True
-    )
+def noise() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (900, 1200, 3), dtype=np.uint8)
+
+
+def dither() -> np.ndarray:
+    """Return a ramp from black to white in pixels that are one or the other."""
+    ramp = np.linspace(0, 255, 1200)[None].repeat(900, axis=0).astype(np.uint8)
+    return np.asarray(Image.fromarray(ramp).convert("1").convert("RGB"))
+
+
+def halftone() -> np.ndarray:
+    """Return the same ramp in dots of six pixels, as newspapers print it."""
+    y, x = np.mgrid[:900, :1200]
+    dots = 128 + 127 * np.sin(x * np.pi / 3) * np.sin(y * np.pi / 3)
+    return np.asarray(Image.fromarray(np.uint8(255) * (np.linspace(0, 255, 1200)[None] > dots)).convert("RGB"))
+
+
+def page() -> np.ndarray:
+    """Return a page of small black letters on white."""
+    page = Image.new("RGB", (1200, 900), "white")
+    for top in range(4, 900, 14):
+        words = "the quick brown fox jumps over the lazy dog " * 6
+        ImageDraw.Draw(page).text((4, top), words, fill="black", font=ImageFont.load_default(12))
+    return np.asarray(page)
+
+
+@pytest.mark.parametrize("draw", [noise, dither, halftone, page])
+def test_what_is_all_edges_still_looks_as_pillow_shows_it(draw: Callable[[], np.ndarray]) -> None:
+    # From decoded whole to at an eighth, both just after the step to fewer eighths and before the next.
+    content = encoded(Image.fromarray(draw()), "JPEG", quality=95, subsampling="4:4:4")
+    differences = {size: difference(content, size, "crop") for size in (300, 224, 150, 113, 112, 90, 64, 56, 40, 28)}
+    assert max(differences.values()) < 2, differences
 
 
 @pytest.mark.parametrize(
@@ -227,7 +256,9 @@ def test_sixteen_bits_become_eight(kind: str) -> None:
 
 
 def test_pixels_of_unknown_range_are_refused() -> None:
-    for values in (np.full((9, 9), 0.5, dtype=np.float32), np.full((9, 9), 1_000_000, dtype=np.int32)):
+    # The last would be all black if its 32 bits were taken for 16.
+    kinds = ((0.5, np.float32), (1_000_000, np.int32), (200, np.int32))
+    for values in (np.full((9, 9), value, dtype=kind) for value, kind in kinds):
         result = decode(encoded(Image.fromarray(values), "TIFF"), 8, "crop")
         assert result == Unreadable("32-bit pixels: convert the image to 8 or 16 bits")
 

@@ -1,6 +1,10 @@
 """Packs: what is written is what is read, nobody ever sees half of one, and damage is found and named."""
 
+import fcntl
+import json
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,15 @@ from chimera_cli.data.pack import (
     Pack,
     Picture,
     default_pack,
+    list_packs,
+    lock_path,
     open_pack,
     split_name,
     verify_pack,
 )
 from chimera_cli.data.pack_writer import write_pack
 from chimera_cli.errors import ChimeraError, UsageError
+from chimera_cli.events import Event, Note
 
 SIZE = 8
 SPLITS = ("test", "train", "dev", "train", "unused")
@@ -140,6 +147,72 @@ def test_a_broken_manifest_is_named(tmp_path: Path) -> None:
     manifest.write_text('{"schema_version": 1}')
     with pytest.raises(ChimeraError, match=r"manifest\.json lacks .*fingerprint"):
         open_pack(tmp_path, "tiny")
+
+
+@pytest.mark.parametrize(
+    "keys", [("licence",), ("files", "captions.parquet"), ("files", "images.npy", "mtime_ns"), ("splits", "dev")]
+)
+def test_all_that_is_read_of_a_manifest_is_checked(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    path = make(tmp_path).path / "manifest.json"
+    manifest = inner = json.loads(path.read_text())
+    for key in keys[:-1]:
+        inner = inner[key]
+    for broken in ([], None):
+        inner[keys[-1]] = broken
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(ChimeraError, match=f"lacks {re.escape('.'.join(keys))}"):
+            open_pack(tmp_path, "tiny", check=False)
+
+
+def test_a_broken_pack_is_in_no_others_way(tmp_path: Path) -> None:
+    make(tmp_path, "good")
+    (make(tmp_path, "bad").path / "manifest.json").write_text("{")
+    told: list[Event] = []
+    assert [pack.name for pack in list_packs(tmp_path, told.append)] == ["good"]
+    (note,) = told
+    assert isinstance(note, Note)
+    assert (note.level, "bad is left out" in note.message) == ("warning", True)
+    assert getattr(default_pack(tmp_path), "name", None) == "good"
+
+
+def test_a_pack_never_mixes_two_contents(tmp_path: Path) -> None:
+    before = make(tmp_path)
+    kept = before.images
+    opened = open_pack(tmp_path, "tiny")
+    make(tmp_path, images=[picture(9)] * 5, captions=())
+    assert kept[4, 0, 0, 0] == 4
+    for read in (lambda: opened.images, lambda: opened.split_indices("train"), lambda: before.captions("train")):
+        with pytest.raises(ChimeraError, match="the pack tiny was replaced while it was read"):
+            read()
+    with pytest.raises(ChimeraError, match="replaced"):
+        verify_pack(before)
+    shutil.rmtree(before.path)
+    with pytest.raises(ChimeraError, match="replaced"):
+        _ = opened.images
+
+
+def test_a_touched_pack_is_still_the_same(tmp_path: Path) -> None:
+    first = make(tmp_path, source_digest="d1")
+    make(tmp_path, source_digest="d2")
+    assert first.images.shape[0] == 5
+    assert verify_pack(first) == []
+
+
+def test_nobody_writes_what_is_being_verified(tmp_path: Path) -> None:
+    pack = make(tmp_path)
+    states: list[bool] = []
+
+    def look(event: Event) -> None:
+        with lock_path(tmp_path, "tiny").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                states.append(False)
+            except BlockingIOError:
+                states.append(True)
+
+    assert verify_pack(pack, look) == []
+    assert states
+    assert all(states)
 
 
 def test_an_unknown_name_brings_the_near_ones(tmp_path: Path) -> None:

@@ -122,6 +122,69 @@ def test_other_content_replaces_the_pack_and_a_damaged_one_is_made_anew(tmp_path
     assert visible(tmp_path) == ["tiny"]
 
 
+def never() -> Any:
+    raise AssertionError("the images were read")
+    yield
+
+
+def test_what_is_no_pack_is_never_replaced(tmp_path: Path) -> None:
+    photos = tmp_path / "mine"
+    photos.mkdir()
+    (photos / "a.jpg").write_text("all I have")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "link").symlink_to(photos)
+    (tmp_path / "array").mkdir()
+    (tmp_path / "array" / "images.npy").write_text("embeddings of my own")
+    (tmp_path / "array" / "manifest.json").write_text("{}")
+    for name, told in (("mine", "mine is there and is no pack: it holds a.jpg"), ("file", "file is there and is no")):
+        with pytest.raises(ChimeraError, match=told) as caught:
+            make(tmp_path, name, never())
+        assert caught.value.hint == "choose another --name, or move it elsewhere"
+    for name in ("link", "array"):
+        with pytest.raises(ChimeraError, match=f"{name} is there and is no pack"):
+            make(tmp_path, name, never())
+    assert [path.name for path in photos.iterdir()] == ["a.jpg"]
+    assert (tmp_path / "array" / "images.npy").exists()
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "empty").mkdir()
+    assert len(make(tmp_path, "empty")) == 5
+
+
+def test_what_somebody_laid_into_a_pack_is_never_deleted(tmp_path: Path) -> None:
+    first = make(tmp_path, source_digest="d1")
+    (first.path / "my-notes.txt").write_text("weeks of work")
+    assert make(tmp_path, images=never(), source_digest="d1").manifest == first.manifest
+    with pytest.raises(ChimeraError, match=r"tiny is there and is no pack: it holds my-notes\.txt"):
+        make(tmp_path, images=never(), source_digest="d2")
+
+    def late() -> Iterator[Picture]:
+        yield from (picture(9) for _ in range(5))
+        (tmp_path / "other" / "late.txt").write_text("laid there while images were decoded")
+
+    make(tmp_path, "other")
+    with pytest.raises(ChimeraError, match=r"late\.txt"):
+        make(tmp_path, "other", late())
+    assert open_pack(tmp_path, "other").images.max() == 4
+    assert visible(tmp_path) == ["other", "tiny"]
+
+
+@pytest.mark.parametrize("manifest", ["{", '{"schema_version": 1}', '{"fingerprint": "x", "schema_version": 99}'])
+def test_a_pack_with_a_broken_manifest_is_made_anew(tmp_path: Path, manifest: str) -> None:
+    (make(tmp_path).path / "manifest.json").write_text(manifest)
+    assert verify_pack(make(tmp_path)) == []
+
+
+def test_a_stricter_share_of_unreadable_images_holds_for_a_pack_that_is_there(tmp_path: Path) -> None:
+    stream = [picture(0), Unreadable("cut"), picture(2), picture(3), picture(4)]
+    absent = [Skipped("x.jpg", "absent")]
+    options: dict[str, Any] = {"source_digest": "d1", "skipped": absent}
+    first = make(tmp_path, images=stream, max_bad=0.2, **options)
+    assert make(tmp_path, images=never(), max_bad=0.2, **options).manifest == first.manifest
+    with pytest.raises(ChimeraError, match="1 of 5 images can't be read"):
+        make(tmp_path, images=stream, max_bad=0.19, **options)
+    assert open_pack(tmp_path, "tiny").manifest == first.manifest
+
+
 def test_leftovers_of_a_killed_writer_are_cleared_and_its_old_pack_comes_back(tmp_path: Path) -> None:
     first = make(tmp_path, source_digest="d1")
     first.path.rename(tmp_path / ".tiny.old")
@@ -216,6 +279,17 @@ def test_columns_hold_what_arrow_can(tmp_path: Path) -> None:
     assert pack.manifest["columns"] == ["boxes", "meta", "raw", "source_split", "tags", "source_width"]
 
 
+def test_columns_that_would_share_a_name_are_all_kept(tmp_path: Path) -> None:
+    columns = {"width": "wide", "source_width": "by hand", "source_file": "x", "source_source_file": "y"}
+    pack = make(tmp_path, items=[Item(f"{number}.jpg", "train", columns) for number in range(5)])
+    assert pack.column("width") == [20] * 5
+    assert pack.column("source_width") == ["by hand"] * 5
+    assert pack.column("source_source_width") == ["wide"] * 5
+    assert pack.column("source_source_file") == ["y"] * 5
+    assert pack.column("source_source_source_file") == ["x"] * 5
+    assert len(set(pack.manifest["columns"])) == 4
+
+
 def test_a_column_of_several_kinds_is_named_before_the_work(tmp_path: Path) -> None:
     def never() -> Any:
         raise AssertionError("the images were read")
@@ -279,6 +353,30 @@ def test_a_content_with_a_given_split_keeps_it(tmp_path: Path) -> None:
     contents = ["a", "b", "a", "c", "b", "d"]
     pack = unsplit(tmp_path, contents, SplitRule(0, dev=0, test=1), given={2: "dev", 4: "train", 5: "unused"})
     assert pack.column("split") == ["dev", "train", "dev", "test", "train", "unused"]
+
+
+@pytest.mark.parametrize(
+    ("count", "dev", "test", "sizes"),
+    [(3, 0.1, 0.1, (1, 1, 1)), (3, 0.1, 0.8, (1, 1, 1)), (4, 0.1, 0.1, (2, 1, 1)), (4, 0.1, 0, (3, 1, 0)),
+     (2, 0.1, 0, (1, 1, 0)), (2, 0, 1, (0, 0, 2)), (3, 0.5, 0.5, (0, 1, 2))],
+)  # fmt: skip
+def test_a_share_gets_one_image_at_least(
+    tmp_path: Path, count: int, dev: float, test: float, sizes: tuple[int, int, int]
+) -> None:
+    pack = unsplit(tmp_path, [str(number) for number in range(count)], SplitRule(0, dev, test))
+    assert tuple(pack.manifest["splits"][split]["images"] for split in ("train", "dev", "test")) == sizes
+
+
+def test_a_share_that_got_no_image_is_told(tmp_path: Path) -> None:
+    told: list[Event] = []
+    options: dict[str, Any] = {"captions": (), "split_rule": SplitRule(0, 0.1, 0.1), "listener": told.append}
+    make(tmp_path, items=[Item("a", ""), Item("b", "")], images=[picture(0), picture(1)], **options)
+    (note,) = notes(told)
+    assert "too few different images" in note
+    assert "dev and test got none" in note
+    given = [Item("a", "train"), Item("b", "dev")]
+    make(tmp_path, "given", items=given, images=[picture(0), picture(1)], **options)
+    assert len(notes(told)) == 1
 
 
 @pytest.mark.parametrize(("dev", "test"), [(-0.1, 0), (0.6, 0.5), (float("nan"), 0), (0, 1.5)])
@@ -364,7 +462,7 @@ def test_the_second_of_two_says_that_it_waits_and_finds_all_done(tmp_path: Path)
         out, err = waiting.communicate(timeout=60)
         lines += out.splitlines()
         assert begun.wait(60) == 0, err
-    assert lines[0] == "the pack p is being written by another process: waiting for it"
+    assert lines[0] == "the pack p is being written or verified by another process: waiting for it"
     assert "up to date" in lines[1]
     assert lines[2] == "value 1 1"
 

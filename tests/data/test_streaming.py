@@ -368,6 +368,48 @@ def test_members_that_climb_out_and_links_are_refused(tmp_path: Path, name: str)
     assert f"0.tar holds {name!r}, a link or a path that leaves the shard" in damaged(tmp_path).message
 
 
+def sparse(headers: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, pax in (("a.png", {}), ("b.png", headers)):
+            facts = tarfile.TarInfo(name)
+            facts.pax_headers = pax
+            tar.addfile(facts)
+    return buffer.getvalue()
+
+
+def long_names(count: int) -> bytes:
+    facts = tarfile.TarInfo("././@LongLink")
+    facts.type, facts.size = b"L", 1
+    return (facts.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")) * count + sparse({})
+
+
+def endless(kind: bytes) -> bytes:
+    """Return a shard whose member says that it has 2**70 bytes."""
+    facts = tarfile.TarInfo("a.png")
+    facts.type, facts.size = kind, 1 << 70
+    return facts.tobuf(tarfile.GNU_FORMAT) + sparse({})
+
+
+@pytest.mark.parametrize("stated", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    [
+        sparse({"GNU.sparse.size": "abc"}),
+        sparse({"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
+        long_names(3000),
+        endless(b"L"),
+        endless(b"V"),
+    ],
+    ids=["sparse size", "sparse map", "long names", "endless name", "endless member"],
+)
+def test_headers_made_to_do_harm_are_damage(tmp_path: Path, content: bytes, stated: bool) -> None:
+    (tmp_path / "0.tar").write_bytes(content)
+    if stated:
+        (tmp_path / "0_stats.json").write_text('{"successes": 2}', encoding="utf-8")
+    assert "the shard" in damaged(tmp_path).message
+
+
 def test_a_key_with_two_files_of_one_kind_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", [("a.png", photo(0)), ("a.txt", b"x"), ("a.png", photo(1))])
     assert "0.tar is damaged: a.png: duplicate file name" in damaged(tmp_path).message

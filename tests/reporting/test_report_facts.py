@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from chimera_cli.errors import ChimeraError
-from chimera_cli.reporting.facts import collect, newest_like
-from chimera_cli.reporting.markdown import render
+from chimera_cli.reporting.brief import brief
+from chimera_cli.reporting.facts import Curves, collect, newest_like, read_curves, with_problems
+from chimera_cli.reporting.markdown import render, render_blocks
+from chimera_cli.reporting.plots import draw
 from chimera_cli.reporting.retrieval import ladder_rows
-from chimera_cli.reporting.sections import build
+from chimera_cli.reporting.sections import build, commands, prepare_command
 from chimera_cli.reporting.verdicts import Verdicts, verdicts_of
 from chimera_cli.runs import (
     Group,
@@ -284,14 +285,120 @@ def test_a_result_that_was_edited_heads_the_report(tmp_path: Path, new_train_gro
 
 
 @pytest.mark.parametrize("key", ["images", "figures", "pack", "split"])
-def test_an_evaluation_that_lacks_what_every_one_has_is_one_sentence(
+def test_an_evaluation_that_lacks_what_every_one_has_is_none(
     tmp_path: Path, new_train_group: Callable[..., Group], key: str
 ) -> None:
     group = new_train_group(tmp_path, seeds=(0,))
     path = group.seed_dir(0) / "evaluations" / "flickr8k-dev.json"
     write_sealed_json(path, {name: value for name, value in read_json(path).items() if name != key})
-    with pytest.raises(ChimeraError, match=rf"flickr8k-dev\.json holds no {key}"):
-        collect(tmp_path, group)
+    text = report(tmp_path, group)
+    assert f"> **No evidence.** `{group.name}/seed-0/evaluations/flickr8k-dev.json` holds no {key}." in text
+    assert f"Not evaluated: run `chimera eval --run {group.name}`." in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"source_hash": "6" * 64}, "by different source code (unknown and 66666666)"),
+        (
+            {"pack": {"name": "flickr8k", "fingerprint": "e" * 64}},
+            "on different content of the pack (ffffffff and eeeeeeee)",
+        ),
+        ({"images": 300}, "on different numbers of images (1000 and 300)"),
+    ],
+)
+def test_seeds_that_were_not_evaluated_alike_have_no_mean(
+    tmp_path: Path,
+    new_train_group: Callable[..., Group],
+    evaluate: Callable[..., None],
+    change: dict[str, object],
+    words: str,
+) -> None:
+    group = new_train_group(tmp_path)
+    similar = {"edges": [0, 1, 2], "matched": [0, 2], "unmatched": [2, 0]}
+    for seed in group.seeds:
+        for split in ("dev", "test"):
+            evaluate(group, seed, split, 0.0, **{"similarities": similar, **(change if seed == 2 else {})})
+    told = f"seeds 0 and 2 were evaluated {words}"
+    text = report(tmp_path, group)
+    command = f"chimera eval --run {group.name} --split test"
+    assert f"> **Not averaged.** flickr8k, test: {told}; run `{command}`." in text
+    for row in rows_after(text, "**flickr8k, dev**")[1:]:
+        assert row[1] != "–", "each seed's own figures stand"
+        assert row[4] == "–"
+    facts = collect(tmp_path, group)
+    assert ladder_rows(facts) == []
+    assert f"no place on the ladder: run `{command}` again." in text
+    assert [plot for plot in draw(facts, {}, Curves((), ()), NO_VERDICTS) if plot.section == "retrieval"] == []
+    block = render_blocks(brief(facts, NO_VERDICTS))
+    assert told in block
+    assert "±" not in block.replace("Mean ± sample", "")
+
+
+def test_a_file_that_is_broken_is_told_where_it_is_ours_and_passed_over_where_it_is_not(
+    tmp_path: Path, new_train_group: Callable[..., Group], new_bench_groups: Callable[..., list[Group]]
+) -> None:
+    new_bench_groups(tmp_path)
+    loader = new_bench_groups(tmp_path)[0]
+    (loader.seed_dir(0) / "result.json").write_text('{"figures')
+    group = new_train_group(tmp_path)
+    (group.seed_dir(1) / "result.json").write_text('{"figures')
+    (group.seed_dir(0) / "environment.json").write_text("[]")
+    (group.seed_dir(2) / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"st\n[1]\n{"step": 2, "loss": "x"}\n')
+    facts = collect(tmp_path, group)
+    facts = with_problems(facts, read_curves(facts))
+    text = render(build(facts, NO_VERDICTS))
+    assert f"> **No evidence.** `{group.name}/seed-1/result.json` is not valid JSON: " in text
+    assert f"> **No evidence.** `{group.name}/seed-0/environment.json` holds no JSON object." in text
+    assert f"> **No evidence.** `{group.name}/seed-2/metrics.jsonl` line 2 is not valid JSON." in text
+    assert "No result of seed 1." in text
+    assert loader.name not in text
+    assert "512.5 images/s" in text, "the older benchmark, which is whole"
+
+
+def test_a_copied_evaluation_counts_for_no_other_seed_or_split(
+    tmp_path: Path, new_train_group: Callable[..., Group]
+) -> None:
+    group = new_train_group(tmp_path, seeds=(0, 1))
+    dev, other = (group.seed_dir(seed) / "evaluations" / "flickr8k-dev.json" for seed in group.seeds)
+    other.write_bytes(dev.read_bytes())
+    dev.with_name("flickr8k-test.json").write_bytes(dev.read_bytes())
+    (one,) = collect(tmp_path, group).evaluations
+    assert (one.split, list(one.by_seed)) == ("dev", [0])
+    text = report(tmp_path, group)
+    assert "is the evaluation of seed 0 on flickr8k, dev." in text
+
+
+def test_a_run_trained_from_a_stream_names_it(tmp_path: Path, new_train_group: Callable[..., Group]) -> None:
+    group = update_group(new_train_group(tmp_path), stream={"pattern": "shards/{000..009}.tar", "samples": 9})
+    first = report(tmp_path, group).splitlines()[2]
+    assert "(0, 1, 2) on the stream `shards/{000..009}.tar`, dev and test of the pack `flickr8k`, finished" in first
+
+
+@pytest.mark.parametrize(
+    ("pack", "command"),
+    [
+        ({}, ""),
+        ({"source": "toy", "name": "toy"}, "chimera data prepare toy"),
+        ({"source": "flickr8k", "name": "small"}, "chimera data prepare flickr8k --name small"),
+        ({"source": "coco", "name": "coco"}, "chimera data prepare coco --from PATH"),
+        ({"source": "table", "name": "a b"}, "chimera data prepare table --from PATH --name 'a b'"),
+    ],
+)
+def test_the_command_that_makes_a_pack_says_from_where(pack: dict[str, str], command: str) -> None:
+    assert prepare_command(pack) == command
+
+
+def test_the_report_is_made_again_with_the_same_law_profile_and_seed(
+    tmp_path: Path, new_train_group: Callable[..., Group]
+) -> None:
+    group = new_train_group(tmp_path)
+    own = f"chimera slo check --run {group.name}/seed-1 --slo 'my law.yaml' --profile cpu"
+    check = {"objectives": [], "remarks": [], "law": True, "command": own, "profile": "cpu"}
+    assert commands(collect(tmp_path, group, (1,)), verdicts_of(check))[-2:] == [
+        "chimera slo check --run latest/seed-1 --slo 'my law.yaml' --profile cpu",
+        "chimera report --run latest/seed-1 --slo 'my law.yaml' --profile cpu > benchmarks.md",
+    ]
 
 
 def test_verdicts_carry_intervals_waivers_and_limits() -> None:

@@ -109,6 +109,13 @@ def test_size_batch_and_augmentation_come_from_a_config(pack: Pack, tmp_path: Pa
     assert details["config"] == str(config)
 
 
+def test_a_batch_beyond_the_training_split_is_a_usage_error(pack: Pack, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"a batch of 1,000,000,000 is more than the 16 images") as caught:
+        loader(tmp_path, batch=1_000_000_000)
+    assert "--batch 16" in caught.value.hint
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_unknown_pack_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         loader(tmp_path)

@@ -15,12 +15,14 @@ from chimera_cli.services import bench_prepare as module
 from chimera_cli.services.bench_prepare import (
     PrepareSetting,
     Rates,
+    bare_loops,
     bench_prepare,
     draw_photos,
     find_photos,
     measure,
     median_ratio,
     prepare,
+    working_folder,
 )
 
 
@@ -135,6 +137,22 @@ def test_photos_that_can_not_be_read_end_in_one_sentence(tmp_path: Path) -> None
             original_size=False,
         )  # fmt: skip
     assert latest_status(tmp_path / "home") == "failed"
+
+
+def test_a_photo_that_can_not_be_opened_is_left_out_everywhere(folder: Path, tmp_path: Path) -> None:
+    photos = [*find_photos(folder, 3), folder / "vanished.jpg"]
+    setting = PrepareSetting(4, 16, "crop", str(folder))
+    prepare(photos, tmp_path, setting, "auto")
+    assert len(open_pack(tmp_path / "packs", "auto")) == 3
+    bare_loops(photos, setting, 2)
+
+
+def test_no_error_of_the_work_is_blamed_on_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="elsewhere"), working_folder(tmp_path):
+        raise FileNotFoundError("elsewhere")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ChimeraError, match="absent can't be written"), working_folder(tmp_path / "absent"):
+        pass
 
 
 def latest_status(home: Path) -> str:

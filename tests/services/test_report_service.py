@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -13,7 +14,16 @@ import typer
 from chimera_cli.cli.report import report_command
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.figures import RECALLS
-from chimera_cli.runs import Group, create_group, finish_group, update_group, utc_now, write_sealed_json, write_text
+from chimera_cli.runs import (
+    Group,
+    create_group,
+    finish_group,
+    read_json,
+    update_group,
+    utc_now,
+    write_sealed_json,
+    write_text,
+)
 from chimera_cli.services.report import report
 
 HEAVY = ("torch", "timm", "transformers", "mlflow", "pandas", "scipy")
@@ -159,11 +169,63 @@ def test_a_folder_in_place_of_the_page_is_refused_before_anything_is_written(
     assert readme.read_bytes() == before
 
 
-def test_a_cut_result_is_one_sentence(tmp_path: Path, group: Group, slo: Path) -> None:
+def test_the_page_replaces_pages_alone(tmp_path: Path, group: Group, slo: Path, readme: Path) -> None:
+    before = readme.read_bytes()
+    with pytest.raises(UsageError, match=r"README\.md exists and is no HTML page"):
+        report(tmp_path, slo=slo, html=readme)
+    with pytest.raises(UsageError, match="--html and --update both name"):
+        report(tmp_path, slo=slo, html=tmp_path / "." / "README.md", update=readme)
+    with pytest.raises(UsageError, match="/dev/null is no file"):
+        report(tmp_path, slo=slo, html=Path("/dev/null"))
+    assert readme.read_bytes() == before
+    for start in ("", "\ufeff\n<!DOCTYPE HTML>\nold"):
+        page = tmp_path / "page.html"
+        page.write_text(start)
+        report(tmp_path, slo=slo, html=page)
+        assert page.read_text().startswith("<!doctype html>")
+
+
+def test_a_cut_result_heads_the_report(tmp_path: Path, group: Group, slo: Path) -> None:
     path = group.seed_dir(1) / "result.json"
     path.write_text(path.read_text()[:40])
-    with pytest.raises(ChimeraError, match=r"seed-1/result\.json is not valid JSON"):
-        report(tmp_path, slo=slo)
+    made = report(tmp_path, slo=slo)
+    assert f"> **No evidence.** `{group.name}/seed-1/result.json` is not valid JSON" in made.markdown
+    assert row_of(made.markdown, "`epoch`")[4] == "**unmeasured**"
+    (problem,) = made.facts["seal_problems"]
+    assert made.facts["seal_problems"][problem] == [f"{group.name}/seed-1/result.json"]
+
+
+WRONG: tuple[Any, ...] = ("x", ["x", None], {"a": {"b": 1}}, -1, 1e15, True, None)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+@pytest.mark.parametrize("name", ["group.json", "seed-0/result.json", "seed-0/evaluations/toy-dev.json"])
+def test_nothing_that_an_edit_leaves_behind_stops_the_report(
+    tmp_path: Path, group: Group, slo: Path, name: str, wrong: Any
+) -> None:
+    """Each key of a file, and each below it, holds something else than it should."""
+    path = group.path / name
+    document = read_json(path)
+    needed = {"schema_version", "kind", "status", "created_at", "finished_at", "seeds"} if name == "group.json" else ()
+    for key, value in document.items():
+        below = {inner: document | {key: value | {inner: wrong}} for inner in value} if isinstance(value, dict) else {}
+        for edited in [*below.values(), *([] if key in needed else [document | {key: wrong}])]:
+            write_sealed_json(path, {**edited, "schema_version": 1})
+            json.dumps(report(tmp_path, group.name, slo=slo).facts, allow_nan=False)
+
+
+def test_plots_leave_out_what_is_no_number(tmp_path: Path, group: Group, slo: Path) -> None:
+    rows = ["[1]", '{"step": "a", "loss": 1}', '{"step": 1, "loss": NaN}', '{"step": 2, "loss": 1e400}', "5"]
+    path = group.seed_dir(0) / "metrics.jsonl"
+    path.write_text("".join(f"{row}\n" for row in [*rows, '{"step": 3, "loss": 2}', '{"step": 4, "loss": 1.5}']))
+    evaluation = group.seed_dir(0) / "evaluations" / "toy-dev.json"
+    histogram = {"edges": [0, 1], "matched": ["a"], "unmatched": [1]}
+    write_sealed_json(evaluation, read_json(evaluation) | {"similarities": histogram, "intervals": {"i2t_r1": [1]}})
+    page = tmp_path / "page.html"
+    report(tmp_path, slo=slo, html=page)
+    text = page.read_text()
+    assert "From 2.00 at update 3 to 1.50 at update 4." in text
+    assert "Similarities on" not in text
 
 
 def test_markdown_is_made_without_heavy_libraries(tmp_path: Path, group: Group, slo: Path) -> None:
@@ -239,6 +301,18 @@ def test_update_without_markers_or_file_writes_nothing_at_all(tmp_path: Path, gr
 
 
 # ---- the process ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only some systems have a disk that is always full")
+def test_a_full_disk_behind_stdout_is_one_sentence(tmp_path: Path, group: Group, slo: Path) -> None:
+    command = [str(Path(sys.executable).with_name("chimera")), "report", "--slo", str(slo)]
+    environment = os.environ | {"CHIMERA_HOME": str(tmp_path), "COLUMNS": "200"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    first, hint = done.stderr.splitlines()
+    assert first == "error: stdout can't be written: No space left on device"
+    assert hint.startswith("hint:")
 
 
 def test_a_reader_who_has_gone_is_no_error(tmp_path: Path, group: Group, slo: Path) -> None:

@@ -8,14 +8,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from chimera_cli.data.sources.corpus import LARGEST_FILE_BYTES
 from chimera_cli.errors import ChimeraError, UsageError
 
 _DEPTH = 3  # how far below the given folder files are looked for: archive folder / data set / images
+_STEP_BYTES = 1 << 14  # zipfile unpacks whole steps of the archive, whatever a member says of its size
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of a source: `path` inside it, `label` as errors name it, `stamp` (time or CRC-32) for its identity."""
+    """One file of a source: `path` inside it, `label` as errors name it, `stamp` (time or CRC-32) for its identity.
+
+    `read` raises OSError for what can't be read, is damaged, or is larger than any photo.
+    """
 
     path: PurePosixPath
     label: str
@@ -104,17 +109,29 @@ def _walk(folder: Path, inside: PurePosixPath, depth: int) -> Iterator[SourceFil
                 yield from _walk(path, name, depth - 1)
         elif path.is_file():
             stat = path.stat()
-            yield SourceFile(name, str(path), stat.st_size, stat.st_mtime_ns, path.read_bytes)
+            yield SourceFile(name, str(path), stat.st_size, stat.st_mtime_ns, partial(_read_path, path))
 
 
 def _hidden(name: PurePosixPath) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
 
 
+def _read_path(path: Path) -> bytes:
+    _check_size(path.stat().st_size)
+    return path.read_bytes()
+
+
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     """Return a member's bytes; what can't be unpacked becomes the OSError that a damaged file would give."""
+    _check_size(info.file_size)
     try:
-        return archive.read(info)
+        with archive.open(info) as member:
+            return b"".join(iter(partial(member.read, _STEP_BYTES), b""))
     # RuntimeError is how zipfile tells of an encrypted member and of a compression that it does not know.
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
         raise OSError(f"damaged in the archive: {error}") from error
+
+
+def _check_size(size: int) -> None:
+    if size > LARGEST_FILE_BYTES:
+        raise OSError(f"{size / 1e9:.1f} GB are no photo")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import posixpath
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -62,7 +63,7 @@ class Tally:
     def add(self, what: str, where: str) -> None:
         """Count one more of `what`, such as "captions that are empty"."""
         self.counts[what] = self.counts.get(what, 0) + 1
-        self.first.setdefault(what, where)
+        self.first.setdefault(what, printable(where))
 
     def tell(self, listener: Listener) -> None:
         """Tell each reason with its count in a sentence of its own."""
@@ -104,16 +105,25 @@ def split_word(word: str) -> str | None:
 
 
 def splits_by_name(paths: Sequence[Path]) -> list[str] | None:
-    """Return the split of each file by its folder's name or its own beginning (`val-00000.tar`), None if one has none.
+    """Return the split of each file by its folder's name or its own beginning (`val-00000.tar`), None if none has one.
 
-    Files that all name the same split count as unnamed: a set in one split can't be trained on and judged.
+    Files that all name the same split count as unnamed: a set in one split can't be trained on and judged. Raises
+    UsageError where some name a split and some don't: an official test split must not end up in the training data.
     """
-    splits = [_split_of(path) for path in paths]
+    splits = [split_of_name(path) for path in paths]
+    unnamed = [path for path, split in zip(paths, splits, strict=True) if not split]
+    if unnamed and len(unnamed) < len(paths):
+        first = ", ".join(str(path) for path in unnamed[:4]) + (" …" if len(unnamed) > 4 else "")
+        raise UsageError(
+            f"{len(unnamed):,} of {len(paths):,} files name no split, the others do: {first}",
+            "begin their names with train, val or test, move them elsewhere, or draw all splits with --split-seed 0",
+        )
     named = [split for split in splits if split]
-    return named if len(named) == len(paths) and len(set(named)) > 1 else None
+    return named if len(set(named)) > 1 else None
 
 
-def _split_of(path: Path) -> str | None:
+def split_of_name(path: Path) -> str | None:
+    """Return the split that a file's name begins with or its folder is called, None where there is none."""
     word = re.match(r"[a-z]+", path.name.lower())
     return (split_word(word[0]) if word else None) or split_word(path.absolute().parent.name)
 
@@ -164,10 +174,26 @@ def check_inside(name: str, where: str) -> str:
 
 
 def folders_with(candidates: Iterable[Path], names: Sequence[str]) -> list[Path]:
-    """Return the folders that hold at least one of about a hundred of the `names`, in the order given."""
+    """Return the folders that hold at least one file of the `names` (which may begin with folders), as ordered."""
+    by_top: dict[str, list[str]] = {}
+    for name in names:
+        by_top.setdefault(posixpath.normpath(name).partition("/")[0], []).append(name)
     sample = names[:: max(len(names) // 100, 1)]
     existing = dict.fromkeys(folder for folder in candidates if folder.is_dir())
-    return [folder for folder in existing if any((folder / name).is_file() for name in sample)]
+    return [folder for folder in existing if _any_file(folder, sample) or _holds(folder, by_top)]
+
+
+def _holds(folder: Path, by_top: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether a folder has any of the names, given by their first part: one listing instead of all names."""
+    try:
+        entries = [path.name for path in folder.iterdir()]
+    except OSError:
+        return False
+    return any(_any_file(folder, by_top[entry]) for entry in entries if entry in by_top)
+
+
+def _any_file(folder: Path, names: Iterable[str]) -> bool:
+    return any(isinstance(find_photo(f"{folder}/{name}"), Photo) for name in names)
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -272,7 +298,8 @@ def _line(value: object) -> bytes:
 
 
 def uniform_columns(rows: Sequence[dict[str, Any]], left_out: Tally) -> Sequence[dict[str, Any]]:
-    """Return the rows, changed in place, so that each column has values of one kind that Parquet can hold."""
+    """Return the rows, changed in place, so that each column has a name and values that Parquet can hold."""
+    _rename(rows)
     names = sorted({name for row in rows for name in row})
     for name in names[MOST_COLUMNS:]:
         left_out.add(f"columns left out beyond the first {MOST_COLUMNS}", name)
@@ -282,6 +309,19 @@ def uniform_columns(rows: Sequence[dict[str, Any]], left_out: Tally) -> Sequence
             left_out.add("columns with values of several kinds, kept as text", name)
             _each(rows, name, _as_text)
     return rows
+
+
+def _rename(rows: Sequence[dict[str, Any]]) -> None:
+    """Give columns whose names UTF-8 can't hold others, in place."""
+    names = {name for row in rows for name in row}
+    for name in sorted(name for name in names if not _encodable(name)):
+        clean = printable(name)
+        while clean in names:
+            clean += "_"
+        names.add(clean)
+        for row in rows:
+            if name in row:
+                row[clean] = row.pop(name)
 
 
 def _fits(rows: Sequence[dict[str, Any]], name: str) -> bool:

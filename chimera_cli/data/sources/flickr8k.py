@@ -36,6 +36,7 @@ OFFICIAL_COUNTS = {"caption lines": 40_460, "usable images": 8_091, "train": 6_0
 _TEXTS = frozenset((TOKENS, KAGGLE_CAPTIONS, KARPATHY, *LISTS.values()))
 _IMAGE_FOLDERS = ("flicker8k_dataset", "flickr8k_dataset", "images", "flickr8k_images")
 _SUFFIXES = (".jpg", ".jpeg", ".png")
+_LARGEST_TEXT_BYTES = 256 << 20  # the official texts have 3 MB, Karpathy's file 7
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,8 @@ def _lines(file: SourceFile) -> Iterator[tuple[int, str]]:
 
 
 def _content(file: SourceFile) -> bytes:
+    if file.size_bytes > _LARGEST_TEXT_BYTES:
+        raise ChimeraError(f"{file.label} has {file.size_bytes / 1e6:,.0f} MB, far too much", "take the official file")
     try:
         return file.read()
     except OSError as error:

@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ Row = tuple[str, Mapping[str, Any]]  # where it stands (`data.csv:17`) and its v
 Embedded = Callable[[int, str | None], Read]
 
 _SEPARATORS = (",", "\t", ";", "|")
-_PEEK = 100  # rows of a JSONL file that say which columns there are
 _LONGEST_FIELD = 1 << 30  # characters; the csv module's own limit would end at the first caption of 128 KiB
 _HINT = "correct the line, or take it out"
 
@@ -61,11 +60,10 @@ def read_csv(path: Path) -> Table:
 
 
 def read_json_lines(path: Path) -> Table:
-    """Return the table in a file with one JSON object per line; its columns are those of the first hundred."""
-    rows = _objects(path)
-    head = list(islice(rows, _PEEK))
-    columns = dict.fromkeys(name for _, values in head for name in values)
-    return Table(list(columns), chain(head, rows))
+    """Return the table in a file with one JSON object per line; its columns are the keys of all of them."""
+    # Read twice: captions that begin at row 1,000 are captions, and to keep all rows would fill the memory.
+    columns = dict.fromkeys(name for _, values in _objects(path) for name in values)
+    return Table(list(columns), _objects(path))
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:

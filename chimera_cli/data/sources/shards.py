@@ -25,6 +25,7 @@ from chimera_cli.data.sources.corpus import (
     Draft,
     Photo,
     cannot_read,
+    printable,
     splits_by_name,
     tell_rule,
 )
@@ -39,6 +40,9 @@ _BLOCK = 512  # bytes; tar knows no smaller unit
 _WHAT = "give --from a folder with .tar files or a pattern such as 'shards/{00000..00099}.tar'"
 _DAMAGED = "get the shard again, or leave it out of --from"
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# What tarfile raises for headers that are damaged or made to do harm: texts where numbers belong, sizes that no memory
+# holds, long names of long names without end. The last three it lets through.
+TAR_DAMAGE = (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError)
 # As the webdataset library divides names: up to the first dot of the last part, then the ending.
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 
@@ -56,9 +60,9 @@ class _Sample:
 def open_shards(pattern: str, listener: Listener = ignore, rule: SplitRule | None = None) -> Iterator[Corpus]:
     """Yield what the shards of a folder, of one file, or of a pattern with `{00..99}`, `*` or `?` hold.
 
-    Splits come from the names of the shards or their folders where all have one, else from the photos' content; a
-    `rule` given is followed in any case. Raises ChimeraError naming shard, member and byte where one is damaged, holds
-    a link or a name that climbs out, or has a key twice.
+    Splits come from the names of the shards or their folders, without any from the photos' content; a `rule` given is
+    followed in any case. Raises UsageError where only some name a split, ChimeraError naming shard, member and byte
+    where one is damaged, holds a link or a name that climbs out, or has a key twice.
     """
     shards = expand(pattern)
     splits = None if rule else splits_by_name(shards)
@@ -214,7 +218,7 @@ def _members(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 last = f"the member {member.name!r}"
                 yield member
             end = archive.offset
-    except tarfile.TarError as error:
+    except TAR_DAMAGE as error:
         raise _not_tar(shard, file, error) from error
     if os.pread(file.fileno(), _BLOCK, end) != bytes(_BLOCK):
         raise _cut(shard, min(end, total), f"after {last}")
@@ -235,7 +239,7 @@ def _cut(shard: Path, byte: int, where: str) -> ChimeraError:
     return ChimeraError(f"{shard} is cut off or damaged {where}, at byte {byte:,}", _DAMAGED)
 
 
-def _not_tar(shard: Path, file: BinaryIO, error: tarfile.TarError) -> ChimeraError:
+def _not_tar(shard: Path, file: BinaryIO, error: Exception) -> ChimeraError:
     if os.pread(file.fileno(), 2, 0) == b"\x1f\x8b":
         return ChimeraError(
             f"{shard} is compressed: photos in it can't be reached singly", f"mv {shard.name} x.tar.gz; gunzip x.tar.gz"
@@ -313,5 +317,5 @@ def _read_at(path: str, offset: int, size: int) -> bytes:
 
 
 def _some(names: set[str]) -> str:
-    shown = sorted(names)[:5]
+    shown = [printable(name) for name in sorted(names)[:5]]
     return ", ".join(shown) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")

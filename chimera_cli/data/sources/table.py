@@ -9,6 +9,8 @@ import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from chimera_cli.data.pack import UNUSED
 from chimera_cli.data.pack_writer import SplitRule
 from chimera_cli.data.sources.corpus import (
     DEFAULT_RULE,
+    MOST_COLUMNS,
     NO_LICENCE,
     Corpus,
     Draft,
     Photo,
     find_photo,
     must_exist,
+    printable,
+    split_of_name,
     split_word,
     splits_by_name,
     tell_rule,
@@ -69,6 +74,7 @@ class _Plan:
     split: str | None
     whole: str
     further: tuple[str, ...]
+    beyond: int  # how many columns more there are than a pack keeps
     base: Path
 
 
@@ -91,13 +97,13 @@ def open_table(
         raise UsageError("--split-column and a drawn split exclude each other", "leave one of them out")
     paths = _find_files(must_exist(origin, _WHAT))
     base = must_exist(images, "--images the folder that the paths start from") if images else None
-    by_name = None if rule else splits_by_name(paths)
+    by_name = cache(lambda: dict(zip(paths, splits_by_name(paths) or repeat(""), strict=False)))
     draft = Draft(listener)
     known: dict[str, int] = {}
     untyped, drawn = False, False
-    for number, path in enumerate(paths):
+    for path in paths:
         table = _READERS[path.suffix.lower()](path)
-        plan = _plan(path, table, columns, base or path.parent, by_name[number] if by_name else "", rule)
+        plan = _plan(path, table, columns, base or path.parent, by_name, rule)
         drawn = drawn or not (plan.split or plan.whole)
         untyped = untyped or not table.typed
         _tell_plan(path, plan, listener)
@@ -124,7 +130,7 @@ def _find_files(origin: Path) -> list[Path]:
         found = sorted(path for path in origin.glob(pattern) if path.is_file() and path.suffix.lower() in _READERS)
         found = [path for path in found if not path.name.startswith(".")]
         kinds = {_READERS[path.suffix.lower()] for path in found}
-        if len(kinds) == 1 and (len(found) == 1 or kinds == {read_parquet} or splits_by_name(found)):
+        if len(kinds) == 1 and (len(found) == 1 or kinds == {read_parquet} or _name_splits(found)):
             return found
         if found:
             names = ", ".join(path.name for path in found[:4]) + (" …" if len(found) > 4 else "")
@@ -132,7 +138,20 @@ def _find_files(origin: Path) -> list[Path]:
     raise UsageError(f"{origin} holds no table", f"give {_WHAT}")
 
 
-def _plan(path: Path, table: Table, columns: Columns, base: Path, whole: str, rule: SplitRule | None) -> _Plan:
+def _name_splits(paths: Sequence[Path]) -> bool:
+    splits = {split_of_name(path) for path in paths}
+    return None not in splits and len(splits) > 1
+
+
+def _plan(
+    path: Path,
+    table: Table,
+    columns: Columns,
+    base: Path,
+    by_name: Callable[[], Mapping[Path, str]],
+    rule: SplitRule | None,
+) -> _Plan:
+    """Return how a table is read; `by_name` is asked only where neither a column nor a rule says the splits."""
     image = _pick(path, table, columns.image, IMAGE_COLUMNS)
     if image is None and len(table.embedded) == 1:
         image = next(iter(table.embedded))
@@ -145,8 +164,11 @@ def _plan(path: Path, table: Table, columns: Columns, base: Path, whole: str, ru
     caption = _pick(path, table, columns.caption, CAPTION_COLUMNS)
     split = None if rule else _pick(path, table, columns.split, SPLIT_COLUMNS)
     used = {image, caption, split, *table.dropped, *table.embedded}
-    further = tuple(name for name in table.columns if name not in used)
-    return _Plan(table, image, caption, split, whole, further, base)
+    further = [name for name in table.columns if name not in used]
+    # Here already: rows that all have keys of their own would grow with the square of their number.
+    kept = further if len(further) <= MOST_COLUMNS else sorted(further)[:MOST_COLUMNS]
+    whole = "" if split or rule else by_name()[path]
+    return _Plan(table, image, caption, split, whole, tuple(kept), len(further) - len(kept), base)
 
 
 def _pick(path: Path, table: Table, wanted: str | None, usual: Sequence[str]) -> str | None:
@@ -164,13 +186,15 @@ def _tell_plan(path: Path, plan: _Plan, listener: Listener) -> None:
     split = f"splits from {plan.split!r}" if plan.split else f"all of it {plan.whole}" if plan.whole else "no splits"
     kept = f"; kept as columns: {_some(plan.further)}" if plan.further else ""
     listener(Note(f"{path.name}: images from {plan.image!r}, {captions}, {split}{kept}"))
+    if plan.beyond:
+        listener(Note(f"{path.name}: columns left out beyond the first {MOST_COLUMNS}: {plan.beyond:,}", "warning"))
     unused = [name for name in (*plan.table.dropped, *plan.table.embedded) if name != plan.image]
     if unused:
         listener(Note(f"{path.name}: columns with bytes are left out: {_some(unused)}", "warning"))
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:12]) + (f" and {len(names) - 12:,} more" if len(names) > 12 else "")
+    return ", ".join(map(printable, names[:12])) + (f" and {len(names) - 12:,} more" if len(names) > 12 else "")
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -37,6 +37,32 @@ def write_tar(path: Path, members: Members) -> Path:
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return path
+
+
+def _with_pax(**facts: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, headers in (("a.jpg", {}), ("b.jpg", {f"GNU.sparse.{key}": value for key, value in facts.items()})):
+            info = tarfile.TarInfo(name)
+            info.pax_headers = headers
+            archive.addfile(info)
+    return buffer.getvalue()
+
+
+def _with_long_names(count: int, size: int = 1) -> bytes:
+    """Return a shard that begins with headers of long names, each for the next, of `size` bytes as they say."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = b"L", size
+    return (info.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")) * count + _with_pax()
+
+
+# What tarfile lets through as ValueError, RecursionError or OverflowError.
+HOSTILE_SHARDS: Mapping[str, Callable[[], bytes]] = {
+    "a sparse size that is no number": lambda: _with_pax(size="abc"),
+    "a sparse map that is not there": lambda: _with_pax(major="1", minor="0"),
+    "long names without end": lambda: _with_long_names(3000),
+    "a name longer than any memory": lambda: _with_long_names(1, 1 << 70),
+}
 
 
 class Seen:

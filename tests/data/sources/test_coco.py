@@ -133,6 +133,23 @@ def test_absent_photos_are_skipped_and_an_absent_folder_is_left_out(tmp_path: Pa
     assert "captions_train2017.json: none of its 3 photos is here; left out" in seen.notes
 
 
+def test_a_part_of_many_photos_is_found_wherever_it_begins(tmp_path: Path) -> None:
+    """Of 400 photos the last of each four is there: the names that are tried at first are all absent."""
+    names = [f"{number:012}.jpg" for number in range(400)]
+    images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+    captions = [{"image_id": 3, "caption": "x"}]
+    (tmp_path / "annotations").mkdir()
+    for split in ("train2017", "val2017"):
+        value = {"images": images if split == "train2017" else [{"id": 999, "file_name": "gone.jpg"}]}
+        (tmp_path / "annotations" / f"captions_{split}.json").write_text(json.dumps(value | {"annotations": captions}))
+    write_photos(tmp_path / "train2017", names[3::4])
+    seen = look(tmp_path)
+    assert len(seen.photos) == 100
+    assert len(seen.corpus.skipped) == 300
+    assert "captions_train2017.json" not in seen.notes
+    assert "captions_val2017.json: none of its 1 photos is here; left out" in seen.notes
+
+
 def test_captions_of_unknown_images_are_counted(tmp_path: Path) -> None:
     path = coco(tmp_path) / "annotations" / "captions_val2017.json"
     value = annotations("val")

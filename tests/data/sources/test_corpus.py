@@ -12,13 +12,14 @@ from chimera_cli.data.sources.corpus import (
     Tally,
     check_inside,
     find_photo,
+    folders_with,
     printable,
     sift_caption,
     split_word,
     splits_by_name,
     uniform_columns,
 )
-from chimera_cli.errors import ChimeraError
+from chimera_cli.errors import ChimeraError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -62,13 +63,34 @@ def test_words_for_splits() -> None:
         (["train-00000.tar", "val-00000.tar"], ["train", "dev"]),
         (["train/0.tar", "train/1.tar", "test/0.tar"], ["train", "train", "test"]),
         (["train2017.tar", "validation_3.tar"], ["train", "dev"]),
-        (["train-0.tar", "0.tar"], None),
+        (["0.tar", "1.tar"], None),
         (["train-0.tar", "train-1.tar"], None),
-        (["trainer-0.tar", "val-0.tar"], None),
+        (["trainer-0.tar", "value-0.tar"], None),
     ],
 )
 def test_splits_by_the_names_of_files(tmp_path: Path, names: list[str], splits: list[str] | None) -> None:
     assert splits_by_name([tmp_path / "set" / name for name in names]) == splits
+
+
+@pytest.mark.parametrize("unnamed", ["0.tar", "trainer-0.tar", "other/x.tar"])
+def test_one_file_without_a_split_does_not_throw_away_those_of_the_others(tmp_path: Path, unnamed: str) -> None:
+    paths = [tmp_path / "set" / name for name in ("train-0.tar", "test-0.tar", unnamed)]
+    with pytest.raises(UsageError, match=rf"^1 of 3 files name no split, the others do: .*{unnamed}$") as caught:
+        splits_by_name(paths)
+    assert "--split-seed" in caught.value.hint
+
+
+def test_folders_with_a_few_of_many_names_are_found(tmp_path: Path) -> None:
+    """About a hundred names are tried at first; here none of them is there, and 1 of 5,000 is in each folder."""
+    names = [f"{number}.jpg" for number in range(5000)]
+    (tmp_path / "other").mkdir()
+    for folder, name in (("a", "7.jpg"), ("b", "4321.jpg"), ("c/part", "13.jpg")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).write_bytes(b"x")
+    folders = [tmp_path / name for name in ("a", "other", "b", "gone", "c/part", "c")]
+    assert folders_with(folders, names) == [tmp_path / "a", tmp_path / "b", tmp_path / "c/part"]
+    assert folders_with(folders, [f"part/{name}" for name in names]) == [tmp_path / "c"]
+    assert folders_with(folders, ["other", "x" * 300]) == []
 
 
 def test_columns_become_of_one_kind() -> None:
@@ -91,6 +113,16 @@ def test_too_many_columns_are_counted() -> None:
     left_out = Tally()
     assert list(uniform_columns(rows, left_out)[0]) == [f"c{number:03}" for number in range(200)]
     assert list(left_out.counts.values()) == [5]
+
+
+def test_names_of_columns_that_utf8_can_not_hold_become_printable() -> None:
+    first, second = "a\ud800", "a\udc00"
+    rows = [{first: 1, "a?": 2, second: 3}, {second: 4}]
+    left_out = Tally()
+    columns = uniform_columns(rows, left_out)
+    assert columns == [{"a?": 2, "a?_": 1, "a?__": 3}, {"a?__": 4}]
+    left_out.add("captions", "0.tar: caf\udce9")
+    assert left_out.first == {"captions": "0.tar: caf?"}
 
 
 def test_what_is_no_photo_says_why(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from chimera_cli.data.sources.corpus import Corpus
+from chimera_cli.data.sources.corpus import LARGEST_FILE_BYTES, Corpus
 from chimera_cli.data.sources.flickr8k import GHOST, LISTS, TOKENS, open_flickr8k
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Event, Note
@@ -240,6 +240,59 @@ def test_a_damaged_member_is_an_unreadable_file(tmp_path: Path) -> None:
     (tmp_path / "all.zip").write_bytes(content)
     with open_flickr8k(tmp_path / "all.zip") as corpus, pytest.raises(OSError, match="damaged in the archive"):
         [read() for read in corpus.reads]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_zip_files_of_every_method_are_read(tmp_path: Path, method: int) -> None:
+    plain = official(tmp_path / "plain")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w", method) as file:
+        for path in sorted(plain.rglob("*.*")):
+            file.write(path, path.relative_to(tmp_path))
+    check(read(tmp_path / "all.zip"))
+
+
+def test_photos_and_texts_of_gigabytes_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
+    plain = official(tmp_path / "plain")
+    zipped(plain, tmp_path / "all.zip")
+    photo, texts = plain / "Flicker8k_Dataset" / "b.jpg", plain / "Flickr8k_text" / TOKENS
+    with photo.open("r+b") as file:
+        file.truncate(LARGEST_FILE_BYTES + 1)
+    # A zip file's list of contents gives the size that counts: that of the first photo becomes 3 GB there.
+    content = bytearray((tmp_path / "all.zip").read_bytes())
+    entry = content.rindex(b"PK\1\2", 0, content.rindex(b"Flicker8k_Dataset/b.jpg"))
+    content[entry + 24 : entry + 28] = (3_000_000_000).to_bytes(4, "little")
+    (tmp_path / "all.zip").write_bytes(content)
+    for origin, size in ((plain, "1.1"), (tmp_path / "all.zip", "3.0")):
+        with open_flickr8k(origin) as corpus:
+            with pytest.raises(OSError, match=f"{size} GB are no photo"):
+                corpus.reads[0]()
+            assert corpus.reads[1]() == jpeg(1)
+    with texts.open("r+b") as file:
+        file.truncate(300 << 20)
+    with pytest.raises(ChimeraError, match=rf"{TOKENS} has 315 MB, far too much"):
+        read(plain)
+
+
+@pytest.mark.parametrize("stated", [1000, 9])
+def test_a_member_that_states_a_wrong_size_unpacks_no_more_than_that(tmp_path: Path, stated: int) -> None:
+    import tracemalloc
+
+    plain = official(tmp_path / "plain")
+    (plain / "Flicker8k_Dataset" / "b.jpg").write_bytes(bytes(100_000_000))
+    with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(plain.rglob("*.*")):
+            file.write(path, path.relative_to(tmp_path))
+    content = bytearray((tmp_path / "all.zip").read_bytes())
+    entry = content.rindex(b"PK\1\2", 0, content.rindex(b"Flicker8k_Dataset/b.jpg"))
+    content[entry + 24 : entry + 28] = stated.to_bytes(4, "little")
+    (tmp_path / "all.zip").write_bytes(content)
+    with open_flickr8k(tmp_path / "all.zip") as corpus:
+        tracemalloc.start()
+        with pytest.raises(OSError, match="damaged in the archive"):
+            corpus.reads[0]()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 5_000_000
 
 
 @pytest.mark.flickr8k

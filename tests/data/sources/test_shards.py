@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from source_files import Members, Seen, jpeg, write_tar
+from source_files import HOSTILE_SHARDS, Members, Seen, jpeg, write_tar
 
 from chimera_cli.data.pack_writer import SplitRule
 from chimera_cli.data.sources.shards import expand, open_shards
@@ -67,7 +67,6 @@ def test_the_digest_changes_with_a_shard_and_not_with_its_place(tmp_path: Path) 
     [
         (("train/00000", "val/00000", "test/00000"), ["train", "dev", "test"]),
         (("train-00000", "validation-00000"), ["train", "dev"]),
-        (("train-00000", "00001"), ["", ""]),
         (("train-00000", "train-00001"), ["", ""]),
     ],
 )
@@ -78,6 +77,13 @@ def test_splits_by_folder_or_beginning(tmp_path: Path, names: tuple[str, ...], s
     drawn = look(tmp_path / "set", rule=SplitRule(5, 0.2, 0))
     assert set(drawn.splits.values()) == {""}
     assert drawn.corpus.split_rule == SplitRule(5, 0.2, 0)
+
+
+def test_a_shard_without_a_split_beside_others_with_one(tmp_path: Path) -> None:
+    shards(tmp_path / "set", "train-00000", "test-00000", "00001", each=1)
+    with pytest.raises(UsageError, match=r"1 of 3 files name no split, the others do: .*00001\.tar"):
+        look(tmp_path / "set")
+    assert set(look(tmp_path / "set", rule=SplitRule(5, 0.2, 0)).splits.values()) == {""}
 
 
 def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +201,13 @@ def test_a_damaged_header_is_no_end_of_the_shard(tmp_path: Path) -> None:
     whole.write_bytes(content)
     with pytest.raises(ChimeraError, match=rf"after the member '000000000\.txt', at byte {second:,}"):
         look(whole)
+
+
+@pytest.mark.parametrize("kind", HOSTILE_SHARDS)
+def test_headers_made_to_do_harm_are_damage(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "0.tar").write_bytes(HOSTILE_SHARDS[kind]())
+    with pytest.raises(ChimeraError, match=r"0\.tar is (no tar file, or damaged before|cut off or damaged)"):
+        look(tmp_path / "0.tar")
 
 
 def special(kind: bytes, link: str = "") -> Callable[[tarfile.TarInfo], None]:

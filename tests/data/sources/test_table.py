@@ -131,6 +131,38 @@ def test_lists_of_captions_and_nested_columns_of_json_lines(folder: Path) -> Non
     assert seen.columns["photos/b.jpg"]["late"] == 1
 
 
+def test_columns_of_json_lines_may_begin_late(folder: Path) -> None:
+    rows: list[dict[str, Any]] = [{"image": "photos/a.jpg"}] * 1000
+    rows += [{"image": name, "caption": f"of {name}", "n": 7} for name in NAMES[1:]]
+    seen = look(write(folder / "set.jsonl", "\n".join(map(json.dumps, rows))))
+    assert list(seen.captions.values()) == [[], ["of photos/b.jpg"], ["of photos/c.jpg"]]
+    assert seen.columns["photos/c.jpg"] == {"n": 7}
+
+
+def test_rows_with_keys_of_their_own_make_no_table_without_end(folder: Path) -> None:
+    rows = [{"image": NAMES[0], "caption": f"{row}", f"key{row:04}": 1} for row in range(500)]
+    seen = look(write(folder / "set.jsonl", "\n".join(map(json.dumps, rows))))
+    assert list(seen.columns[NAMES[0]]) == [f"key{number:04}" for number in range(200)]
+    assert "columns left out beyond the first 200: 300" in seen.notes
+
+
+def test_a_table_without_a_split_beside_others_with_one(folder: Path) -> None:
+    for name, photo_name in zip(("train-0", "test-0", "more"), NAMES, strict=True):
+        pq.write_table(pa.table({"image": [photo_name]}), folder / f"{name}.parquet")
+    with pytest.raises(UsageError, match=r"1 of 3 files name no split, the others do: .*more\.parquet"):
+        look(folder)
+    assert set(look(folder, rule=SplitRule(5, 0.2, 0)).splits.values()) == {""}
+    for name, photo_name in zip(("train-0", "test-0", "more"), NAMES, strict=True):
+        pq.write_table(pa.table({"image": [photo_name], "split": ["val"]}), folder / f"{name}.parquet")
+    assert set(look(folder).splits.values()) == {"dev"}, "a column says more than names"
+    csv_table(folder / "train.csv")
+    for path in folder.glob("*.parquet"):
+        path.unlink()
+    csv_table(folder / "more.csv")
+    with pytest.raises(UsageError, match="it is not clear which to read"):
+        look(folder)
+
+
 def test_without_a_split_column_splits_are_drawn(folder: Path) -> None:
     path = write(folder / "set.csv", "image,caption\nphotos/a.jpg,x\nphotos/b.jpg,y\n")
     seen = look(path)
@@ -295,7 +327,16 @@ def test_what_a_table_holds_is_what_the_pack_takes(folder: Path) -> None:
     from chimera_cli.data.pack_writer import write_pack
 
     rows = [
-        {"image": NAMES[0], "caption": "x", "mixed": 1, "empty": {}, "deep": [{"a": 1}], "width": 5, "odd": "\ud800"},
+        {
+            "image": NAMES[0],
+            "caption": "x",
+            "mixed": 1,
+            "empty": {},
+            "deep": [{"a": 1}],
+            "width": 5,
+            "odd": "\ud800",
+            "\ud801": 1,
+        },
         {"image": NAMES[1], "caption": "\ud800", "mixed": "a", "empty": {}, "deep": [], "width": 6, "odd": None},
     ]
     path = write(folder / "set.jsonl", "\n".join(map(json.dumps, rows)))
