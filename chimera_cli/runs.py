@@ -308,7 +308,7 @@ def _read_group(path: Path) -> Group:
     """Return the group in a folder. Raises ChimeraError where its group.json is cut off or lacks what every one has."""
     facts = read_json(path / "group.json")
     lacking = sorted({"kind", "status", "created_at", "finished_at", "seeds"} - set(facts))
-    if lacking or not isinstance(facts["seeds"], list) or not all(type(seed) is int and 0 <= seed < 2**63 for seed in facts["seeds"]):
+    if lacking or not _are_seeds(facts["seeds"]):
         what = f"lacks {', '.join(lacking)}" if lacking else "holds no list of seeds"
         raise ChimeraError(f"{path / 'group.json'} {what}", "the file was edited; restore it or delete the folder")
     return Group(path, facts)
@@ -363,6 +363,10 @@ def _by_prefix(home: Path, prefix: str, groups: Sequence[Group]) -> Group:
     near = difflib.get_close_matches(prefix, [group.name for group in groups], n=3, cutoff=0.3)
     hint = f"did you mean {', '.join(near)}?" if near else "`chimera runs list` shows what has been run"
     raise UsageError(f"no run is called {prefix!r} below {runs_dir(home)}", hint)
+
+
+def _are_seeds(value: Any) -> bool:
+    return isinstance(value, list) and all(type(seed) is int and 0 <= seed < 2**63 for seed in value)
 
 
 def _how_to_make(kind: str) -> str:

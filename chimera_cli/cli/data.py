@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 
 from chimera_cli.cli.common import Json, emit, live, new_app
 from chimera_cli.errors import ExitCode, UsageError
+from chimera_cli.events import Event, Note
 from chimera_cli.runs import home
 
 app = new_app("Make packs from data sets, describe and verify them.")
@@ -102,7 +103,7 @@ def info(
 
     if preview is not None and name is None:
         raise UsageError("--preview needs the name of a pack", "chimera data info NAME --preview sheet.png")
-    result = data.info(home(), name)
+    result = data.info(home(), name, _warn)
     if preview is not None and name is not None:
         result["preview"] = str(data.preview(home(), name, preview))
     emit(result, as_json, _pack_list if name is None else _pack_info)
@@ -118,6 +119,11 @@ def verify(name: Name, as_json: Json = False) -> None:
     emit(result, as_json, _verdict)
     if result["problems"]:
         raise typer.Exit(ExitCode.ERROR)
+
+
+def _warn(event: Event) -> None:
+    if isinstance(event, Note):
+        typer.echo(f"warning: {event.message}", err=True)
 
 
 def _pack_list(result: Mapping[str, Any]) -> RenderableType:

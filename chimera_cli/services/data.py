@@ -101,10 +101,13 @@ def prepare(
     return PrepareResult(pack, unchanged=before == pack.manifest["created_at"])
 
 
-def info(home: Path, name: str | None = None) -> dict[str, Any]:
-    """Return `{"packs": [...]}`: the named pack, checked as on every use, or all packs by their manifests alone."""
+def info(home: Path, name: str | None = None, listener: Listener = ignore) -> dict[str, Any]:
+    """Return `{"packs": [...]}`: the named pack, checked as on every use, or all packs by their manifests alone.
+
+    A broken pack is told and left out of the list.
+    """
     data_dir = home / "data"
-    packs = list_packs(data_dir) if name is None else [open_pack(data_dir, name)]
+    packs = list_packs(data_dir, listener) if name is None else [open_pack(data_dir, name)]
     return {"packs": [describe(pack) for pack in packs]}
 
 
