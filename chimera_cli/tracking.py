@@ -315,7 +315,9 @@ def _connect(home: Path) -> _Store:
 def _deliver(store: _Store, path: Path, news: _News, memory: _Memory, documents: bool) -> Delivered:
     """Send what is new in the group folder `path`: rows always, finished files, figures and status if `documents`."""
     group = Group(path, runs.read_json(path / "group.json"))
-    identity = f"{group.kind} {group.facts['created_at']} {group.facts.get('pid')}"
+    # A group that was taken up again has another process, and is the same run in the store.
+    pid = group.facts.get("first_pid", group.facts.get("pid"))
+    identity = f"{group.kind} {group.facts['created_at']} {pid}"
     parent, made = _ensure_run(store, path, group.name, identity, _group_tags(group), group, news, memory, None)
     total = Delivered(runs=made)
     if parent is None:

@@ -8,6 +8,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from chimera_cli.cli.bench_features import features_command
 from chimera_cli.cli.bench_retrieval import retrieval_command
 from chimera_cli.cli.common import Device, Json, emit, live, new_app
 from chimera_cli.figures import format_value
@@ -15,6 +16,7 @@ from chimera_cli.runs import home
 
 app = new_app("Measure preparing, the loader and the encoders, with the physical ceiling beside each.")
 app.command("retrieval")(retrieval_command)
+app.command("features")(features_command)
 
 # The loader's law (configs/slo.yaml), drawn beside the readings; `slo check` is what judges.
 _LOADER_LIMITS = {"gpu_util_mean": 0.85, "loader_images_per_s": 300.0}

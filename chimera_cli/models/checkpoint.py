@@ -1,6 +1,7 @@
 """Checkpoints: what has learned as safetensors, what is locked by name and hash, loop state for torch alone."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from chimera_cli.errors import ChimeraError
 from chimera_cli.models.dual_encoder import Architecture, DualEncoder, build_dual_encoder
@@ -15,24 +17,27 @@ from chimera_cli.models.image_tower import image_weights_hash
 from chimera_cli.models.text_tower import text_weights_hash
 from chimera_cli.models.weights import TINY
 
+# The entry of the safetensors metadata that says what the tensors belong to.
+_HEADER = "chimera"
+
 
 def save_model(model: DualEncoder, path: Path) -> None:
     """Replace `path` by the model in one step: learned tensors and buffers, the architecture in the header.
 
     Locked tensors of pretrained towers are not stored again; the header holds the hashes of the weights they come from.
     """
-    state = model.state_dict()
-    locked = _locked_names(model)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if name not in locked}
+    stored = {name: tensor.cpu() for name, tensor in learned_state(model).items()}
     header = {
-        "architecture": json.dumps(model.architecture.as_dict(), sort_keys=True),
-        "weights": json.dumps(_weights_hashes(model.architecture), sort_keys=True),
-        "locked": json.dumps(sorted(locked)),
+        "architecture": model.architecture.as_dict(),
+        "weights": weights_hashes(model.architecture),
+        "locked": sorted(_locked_names(model)),
     }
+    # One entry: safetensors writes several in random order, and the same model should give the same bytes.
+    metadata = {_HEADER: json.dumps(header, sort_keys=True)}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(stored, temporary, metadata=header)
+        save_file(stored, temporary, metadata=metadata)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
@@ -48,33 +53,42 @@ def load_model(path: Path, device: torch.device) -> DualEncoder:
     it was trained with.
     """
     header, stored = _read(path)
-    architecture = Architecture(**json.loads(header["architecture"]))
-    was, here = json.loads(header["weights"]), _weights_hashes(architecture)
+    architecture = Architecture(**header["architecture"])
+    was, here = header["weights"], weights_hashes(architecture)
     changed = [name for name in was if was[name] != here.get(name)]
     if changed:
         raise ChimeraError(
             f"{path} was trained with other weights of {', '.join(changed)} than are installed here",
             "install requirements.lock of the commit in environment.json",
         )
-    locked = set(json.loads(header["locked"]))
+    locked = set(header["locked"])
     model = build_dual_encoder(architecture, pretrained=bool(locked))
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in locked}
-    given = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    if wanted != given:
-        names = sorted({name for name, _ in wanted.items() ^ given.items()})
-        raise ChimeraError(
-            f"{path} does not fit its architecture in {len(names)} tensors, such as {', '.join(names[:3])}",
-            "it was made by another version; train again",
-        )
-    model.load_state_dict(stored, strict=False)
+    _load(model, stored, locked, str(path))
     return model.to(device).eval()
 
 
+def learned_state(model: DualEncoder) -> dict[str, Tensor]:
+    """Return the tensors and buffers that the named weights don't give back: what has learned."""
+    locked = _locked_names(model)
+    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in locked}
+
+
+def load_learned_state(model: DualEncoder, stored: Mapping[str, Tensor], origin: str) -> None:
+    """Put `learned_state` back into a model of the same architecture.
+
+    Raises ChimeraError naming `origin` and the tensors that are of another shape, missing or too many.
+    """
+    _load(model, stored, _locked_names(model), origin)
+
+
 def save_state(state: Mapping[str, Any], path: Path) -> None:
-    """Replace `path` by optimiser and loop state in one step; it is read again with `weights_only=True`."""
+    """Replace `path` by optimiser and loop state in one step, synced to disk; `weights_only=True` reads it again."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        torch.save(dict(state), temporary)
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
@@ -83,17 +97,35 @@ def save_state(state: Mapping[str, Any], path: Path) -> None:
         ) from error
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise ChimeraError(f"{path} does not exist", "the run saved no checkpoint; train again")
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise ChimeraError(f"{path} is damaged: {error}", "train again, or restore the file") from error
+    if not header:
+        raise ChimeraError(f"{path} was not written by this version of chimera", "train again")
+    return header, stored
 
 
-def _weights_hashes(architecture: Architecture) -> dict[str, str | None]:
+def _load(model: DualEncoder, stored: Mapping[str, Tensor], locked: set[str], origin: str) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in locked}
+    given = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    wrong = sorted({name for name, _ in wanted.items() ^ given.items()})
+    if wrong:
+        words = [f"{name} {given.get(name, 'missing')} for {wanted.get(name, 'none')}" for name in wrong[:3]]
+        raise ChimeraError(
+            f"{origin} does not fit its architecture in {len(wrong)} tensors, such as {', '.join(words)}",
+            "it was made by another version; train again",
+        )
+    model.load_state_dict(dict(stored), strict=False)
+
+
+def weights_hashes(architecture: Architecture) -> dict[str, str | None]:
+    """Return the hashes of the weights that the towers come from, by name; None where only the name is known."""
     return {
         architecture.image_weights: image_weights_hash(architecture.image_weights),
         architecture.text_weights: text_weights_hash(architecture.text_weights),

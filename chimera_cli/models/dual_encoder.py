@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chimera_cli.models.image_tower import ImageTower, build_image_tower
-from chimera_cli.models.text_tower import TextTower, Tokens, build_text_tower
+from chimera_cli.models.text_tower import TextTower, build_text_tower
+from chimera_cli.models.tokens import Tokens
 
 # CLIP clamps the scale at 100 so that logits don't outgrow the loss (Radford et al. 2021, section 2.5).
 MAX_LOGIT_SCALE = math.log(100)

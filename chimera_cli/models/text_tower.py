@@ -1,14 +1,18 @@
 """Text towers from transformers: captions to tokens to mean-pooled sentence features."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel
 from transformers.utils.logging import disable_progress_bar
 
+from chimera_cli.models.tokens import Tokens, TokenTable
 from chimera_cli.models.weights import (
     DEFAULT_TEXT,
     PACKAGED,
@@ -19,18 +23,22 @@ from chimera_cli.models.weights import (
     require_packaged_file,
 )
 
-Tokens = Mapping[str, Tensor]
-
 _PIECE = 128
+# Captions that are tokenised in one go: the tokeniser's own lists of them take a hundred times what is kept.
+_TOKENISED = 10_000
 
 
 class TextTower(nn.Module):
-    """A transformers encoder with mean pooling over real tokens, as sentence encoders are trained."""
+    """A transformers encoder with mean pooling over real tokens, as sentence encoders are trained.
+
+    `locked_layers`: how many of the first layers are locked, the embeddings with them; None where nothing is.
+    """
 
     def __init__(self, encoder: nn.Module, tokeniser: Any, width: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.width = width
+        self.locked_layers: int | None = None
         self._tokeniser = tokeniser
 
     def tokenise(self, texts: Sequence[str], max_tokens: int) -> dict[str, Tensor]:
@@ -40,33 +48,78 @@ class TextTower(nn.Module):
         )
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
+    def token_table(self, texts: Sequence[str], max_tokens: int) -> TokenTable:
+        """Return the tokens of `texts`, each cut to `max_tokens`, to make batches of in any order."""
+        parts: list[NDArray[np.int32]] = []
+        for start in range(0, len(texts), _TOKENISED):
+            piece = list(texts[start : start + _TOKENISED])
+            encoded = self._tokeniser(piece, truncation=True, max_length=max_tokens, return_attention_mask=False)
+            parts += [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+        starts = np.cumsum([0, *(len(ids) for ids in parts)], dtype=np.int64)
+        ids = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+        return TokenTable(ids, starts, self._tokeniser.pad_token_id or 0)
+
     def forward(self, tokens: Tokens) -> Tensor:
         """Return sentence features (batch, width): the mean of the last hidden states over real tokens.
 
-        On a CPU a large batch is worked through in pieces of similar length: captions have 14 tokens on average and
-        32 at most, so that padding all of them to the longest would more than double the work.
+        Instead of `input_ids` the tokens may bring `states`, what `lower_states` made of them: then only the layers
+        that learn are computed. On a CPU a large batch is worked through in pieces of similar length: captions have 14
+        tokens on average and 32 at most, so that padding all of them to the longest would more than double the work.
         """
-        ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        if ids.device.type != "cpu" or len(ids) <= _PIECE:
-            return self._encode(ids, mask)
+        encode = self._encode_states if "states" in tokens else self._encode
+        inputs, mask = tokens["states" if "states" in tokens else "input_ids"], tokens["attention_mask"]
+        if mask.device.type != "cpu" or len(mask) <= _PIECE:
+            return encode(inputs, mask)
         lengths = mask.sum(dim=1)
         order = lengths.argsort(stable=True)
         pieces = []
         for start in range(0, len(order), _PIECE):
             rows = order[start : start + _PIECE]
             longest = int(lengths[rows].max())
-            pieces.append(self._encode(ids[rows, :longest], mask[rows, :longest]))
+            pieces.append(encode(inputs[rows, :longest], mask[rows, :longest]))
         return torch.cat(pieces)[order.argsort()]
 
     def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        states: Tensor = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        weights = mask.unsqueeze(-1).to(states.dtype)
-        return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        return _mean(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+
+    def _encode_states(self, states: Tensor, mask: Tensor) -> Tensor:
+        upper = self._part(slice(self.locked_layers, None), _Given())
+        return _mean(upper(inputs_embeds=states, attention_mask=mask).last_hidden_state, mask)
+
+    def lower_states(self, tokens: Tokens) -> Tensor:
+        """Return hidden states (batch, tokens, width) after the last locked layer: what `forward` takes as `states`.
+
+        Raises AttributeError for an encoder whose layers or embeddings are not where those of BERT are.
+        """
+        lower = self._part(slice(0, self.locked_layers), None)
+        states: Tensor = lower(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
+        return states
+
+    def _part(self, layers: slice, embeddings: nn.Module | None) -> nn.Module:
+        """Return the encoder with some of its layers alone, maybe with other embeddings; the weights are the same."""
+        part, name = _shallow(self.encoder), self._stack()
+        stack: Any = _shallow(getattr(part, name))
+        own = "layer" if hasattr(stack, "layer") else "layers"
+        stack._modules[own] = nn.ModuleList(list(self.layers())[layers])
+        part._modules[name] = stack
+        part._modules["embeddings"] = embeddings or part.get_submodule("embeddings")
+        return part
+
+    def train(self, mode: bool = True) -> "TextTower":
+        """Switch dropout; what is locked stays as it is when evaluated: its states are computed once."""
+        super().train(mode)
+        if self.locked_layers is not None:
+            for locked in (getattr(self.encoder, "embeddings", None), *self.layers()[: self.locked_layers]):
+                if locked is not None:
+                    locked.eval()
+        return self
+
+    def _stack(self) -> str:
+        return "encoder" if hasattr(self.encoder, "encoder") else "transformer"
 
     def layers(self) -> nn.ModuleList:
         """Return the transformer layers, first to last. Raises AttributeError for an encoder without any."""
-        encoder: Any = self.encoder
-        inner = getattr(encoder, "encoder", None) or encoder.transformer
+        inner: Any = getattr(self.encoder, self._stack())
         layers = inner.layer if hasattr(inner, "layer") else inner.layers
         assert isinstance(layers, nn.ModuleList)
         return layers
@@ -74,9 +127,32 @@ class TextTower(nn.Module):
     def learn_only(self, last_layers: int | None) -> None:
         """Let the last `last_layers` layers learn: 0 locks the tower, None lets all of it learn, embeddings too."""
         self.requires_grad_(last_layers is None)
-        if last_layers:
-            for layer in self.layers()[-last_layers:]:
+        self.locked_layers = None
+        if last_layers is not None:
+            self.locked_layers = max(0, len(self.layers()) - last_layers)
+            for layer in self.layers()[self.locked_layers :]:
                 layer.requires_grad_(True)
+
+
+class _Given(nn.Module):
+    """Stands in for embeddings where hidden states are given instead."""
+
+    def forward(self, inputs_embeds: Tensor, **_others: Any) -> Tensor:
+        """Return what is given."""
+        return inputs_embeds
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """Return a copy that holds the same modules and weights but can be given others."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean (batch, width) of states (batch, tokens, width) over real tokens."""
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def build_text_tower(weights: str, pretrained: bool = True) -> TextTower:

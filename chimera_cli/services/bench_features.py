@@ -107,7 +107,7 @@ def _race(race: _Race, rounds: int, tell: Listener) -> dict[str, Any]:
         ours, seconds = _timed(race.ours)
         ours_s.append(seconds)
         tell(Progress(race.component, done + 1, rounds, "rounds"))
-    errors = np.linalg.norm(ours - plain, axis=1) / np.linalg.norm(plain, axis=1)
+    errors = np.linalg.norm(ours - plain, axis=1) / np.linalg.norm(plain, axis=1).clip(min=1e-12)
     ratios = [theirs / own for theirs, own in zip(plain_s, ours_s, strict=True)]
     return {
         "component": race.component,
@@ -196,13 +196,13 @@ def _ours(
     session: Callable[[], Callable[[Any], Any]], tower: Callable[[Any], Any], tell: Listener
 ) -> tuple[Callable[[Any], Any], str, float]:
     """Return what training would encode with here, its name, and the seconds until it was ready."""
-    from chimera_cli.models.sessions import SessionUnfit, session_backend
+    from chimera_cli.models.sessions import SessionError, session_backend
 
     backend, started_at = session_backend(), time.perf_counter()
     if backend is None:
         return tower, "torch", 0.0
     try:
         return session(), backend, time.perf_counter() - started_at
-    except SessionUnfit as error:
+    except SessionError as error:
         tell(Note(str(error), "warning"))
         return tower, "torch", 0.0

@@ -1,19 +1,39 @@
 """Embeddings of a split by the checkpoint of a run, with the cached features of locked towers where there are any."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chimera_cli.events import Listener, ignore
+from chimera_cli.events import Listener, Note, ignore
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from chimera_cli.data.pack import Pack
     from chimera_cli.models.dual_encoder import DualEncoder
-    from chimera_cli.training.features import CachedFeatures
+    from chimera_cli.models.tokens import StateTable, Tokens, TokenTable
+    from chimera_cli.training.cache import Allocate, CachedFeatures
+    from chimera_cli.training.features import Views
+
+# Captions by which another way of computing is compared with the tower before it is used.
+_SAMPLES = 8
+# What this process has said of computing features, and the weights that it could make no session of.
+_said: set[str] = set()
+_unfit: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Crops:
+    """Random views that are cached beside the plain and the mirrored one, for training alone: `count` of them."""
+
+    count: int
+    crop_scale: float
+    colour_jitter: float
 
 
 def embed_split(
@@ -27,9 +47,7 @@ def embed_split(
     from chimera_cli.models.checkpoint import load_model
 
     model = load_model(seed_dir / "checkpoints" / "best.safetensors", device)
-    return embed_images(model, pack, split, device, listener), embed_texts_with(
-        model, pack.captions(split).texts, device, listener
-    )
+    return embed_images(model, pack, split, device, listener), embed_captions(model, pack, split, device, listener)
 
 
 def embed_texts(
@@ -48,7 +66,7 @@ def embed_images(
     """Return image_features (images, dim) of a split; views of a model that averages them are averaged."""
     import torch
 
-    from chimera_cli.training.features import image_features
+    from chimera_cli.training.features import Views, image_features
 
     if model.architecture.image_locked:
         pooled = pooled_image_features(model, pack, split, device, listener).values
@@ -61,11 +79,29 @@ def embed_images(
         pack.split_indices(split),
         image_size=model.architecture.image_size,
         device=device,
-        flipped_view=model.architecture.flipped_view,
+        views=Views(mirrored=model.architecture.flipped_view),
         listener=listener,
         stage=f"{split} images",
     )
     return mean_direction(torch.from_numpy(values)).numpy()
+
+
+def embed_captions(
+    model: "DualEncoder", pack: "Pack", split: str, device: "torch.device", listener: Listener
+) -> "NDArray[np.float32]":
+    """Return text_features (captions, dim), L2-normalised, of a split, from the cache as far as the tower is locked."""
+    import torch
+
+    from chimera_cli.training.features import caption_features
+
+    if model.architecture.learn_layers == 0:
+        pooled = pooled_caption_features(model, pack, split, device, listener).values
+        with torch.inference_mode():
+            return model.project_text(torch.from_numpy(pooled).to(device)).float().cpu().numpy()
+    known = caption_states(model, pack, split, device, listener)
+    if known is None:
+        return embed_texts_with(model, pack.captions(split).texts, device, listener)
+    return caption_features(model.encode_text, known[0], device=device, listener=listener, stage=f"{split} captions")
 
 
 def embed_texts_with(
@@ -74,15 +110,8 @@ def embed_texts_with(
     """Return text_features (texts, dim), L2-normalised, of any sentences."""
     from chimera_cli.training.features import caption_features
 
-    return caption_features(
-        model.encode_text,
-        model.text_tower,
-        texts,
-        max_tokens=model.architecture.max_tokens,
-        device=device,
-        listener=listener,
-        stage="captions",
-    )
+    table = model.text_tower.token_table(texts, model.architecture.max_tokens)
+    return caption_features(model.encode_text, table, device=device, listener=listener, stage="captions")
 
 
 def mean_direction(views: "torch.Tensor") -> "torch.Tensor":
@@ -99,55 +128,186 @@ def project_views(model: "DualEncoder", pooled: "torch.Tensor") -> "torch.Tensor
 
 
 def pooled_image_features(
-    model: "DualEncoder", pack: "Pack", split: str, device: "torch.device", listener: Listener
+    model: "DualEncoder",
+    pack: "Pack",
+    split: str,
+    device: "torch.device",
+    listener: Listener,
+    crops: "Crops | None" = None,
 ) -> "CachedFeatures":
-    """Return the locked image tower's features (images, views, width) of a split from the cache, made if need be."""
-    from chimera_cli.models.image_tower import image_weights_hash
-    from chimera_cli.training.features import cached, image_features
+    """Return the locked image tower's features (images, views, width) of a split from the cache, made if need be.
 
-    shape = model.architecture
+    The views are the image itself, its mirror image where the model averages both, and then those of `crops`.
+    """
+    import torch
+
+    from chimera_cli.models.image_tower import image_weights_hash
+    from chimera_cli.models.sessions import image_session
+    from chimera_cli.training.features import image_features, preprocess
+
+    shape, tower, indices = model.architecture, model.image_tower.eval(), pack.split_indices(split)
     key = _key(pack, split, shape.image_weights, image_weights_hash(shape.image_weights), device)
     key |= {"image_size": shape.image_size, "flipped_view": shape.flipped_view}
+    key |= {} if crops is None else {"crops": asdict(crops)}
 
-    def compute() -> "NDArray[np.float32]":
+    def session() -> "Callable[[Tensor], Tensor]":
+        return image_session(tower, preprocess(torch.from_numpy(pack.images[indices[:4]]), tower, shape.image_size))
+
+    def compute(encode: "Callable[[Any], Tensor]", allocate: "Allocate") -> object:
         return image_features(
-            model.image_tower.eval(),
-            model.image_tower,
+            encode,
+            tower,
             pack.images,
-            pack.split_indices(split),
+            indices,
             image_size=shape.image_size,
             device=device,
-            flipped_view=shape.flipped_view,
+            views=_views(model, pack, split, crops),
+            allocate=allocate,
             listener=listener,
             stage=f"{split} image features",
         )
 
-    return cached(_features_dir(pack), f"{split}-images", key, compute, device)
+    return _cached(pack, f"{split}-images", key, session, tower, compute, device, listener)
+
+
+def _views(model: "DualEncoder", pack: "Pack", split: str, crops: "Crops | None") -> "Views":
+    from chimera_cli.data.augmentation import Augmentation
+    from chimera_cli.training.features import Views
+
+    shape, tower = model.architecture, model.image_tower
+    if crops is None:
+        return Views(mirrored=shape.flipped_view)
+    how = Augmentation(
+        shape.image_size,
+        crop_scale=crops.crop_scale,
+        flip=shape.flipped_view,
+        colour_jitter=crops.colour_jitter,
+        mean=tower.mean,
+        std=tower.std,
+    )
+    return Views(shape.flipped_view, crops.count, how, images_without_sides(pack, split))
+
+
+def images_without_sides(pack: "Pack", split: str = "train") -> "Tensor":
+    """Return for each image of a split, (n,) bool, that none of its captions says left or right: it may be mirrored."""
+    import torch
+
+    from chimera_cli.data.captions import mentions_side
+
+    table = pack.captions(split)
+    sided = [any(mentions_side(table.texts[row]) for row in rows) for rows in table.by_image()]
+    return ~torch.tensor(sided)
 
 
 def pooled_caption_features(
     model: "DualEncoder", pack: "Pack", split: str, device: "torch.device", listener: Listener
 ) -> "CachedFeatures":
     """Return the locked text tower's features (captions, width) of a split from the cache, made if need be."""
+    from chimera_cli.models.sessions import caption_session
     from chimera_cli.models.text_tower import text_weights_hash
-    from chimera_cli.training.features import cached, caption_features
+    from chimera_cli.training.features import caption_features
 
-    shape = model.architecture
+    shape, tower = model.architecture, model.text_tower.eval()
     key = _key(pack, split, shape.text_weights, text_weights_hash(shape.text_weights), device)
     key |= {"max_tokens": shape.max_tokens}
 
-    def compute() -> "NDArray[np.float32]":
-        return caption_features(
-            model.text_tower.eval(),
-            model.text_tower,
-            pack.captions(split).texts,
-            max_tokens=shape.max_tokens,
-            device=device,
-            listener=listener,
-            stage=f"{split} caption features",
-        )
+    @cache
+    def table() -> "TokenTable":
+        return tower.token_table(pack.captions(split).texts, shape.max_tokens)
 
-    return cached(_features_dir(pack), f"{split}-captions", key, compute, device)
+    def session() -> "Callable[[Tokens], Tensor]":
+        return caption_session(tower, table().samples(_SAMPLES))
+
+    def compute(encode: "Callable[[Any], Tensor]", allocate: "Allocate") -> object:
+        stage = f"{split} caption features"
+        return caption_features(encode, table(), device=device, allocate=allocate, listener=listener, stage=stage)
+
+    return _cached(pack, f"{split}-captions", key, session, tower, compute, device, listener)
+
+
+def caption_states(
+    model: "DualEncoder", pack: "Pack", split: str, device: "torch.device", listener: Listener
+) -> "tuple[StateTable, float] | None":
+    """Return the hidden states of a split after the locked layers of the text tower, and what they took in seconds.
+
+    None where no layer is locked, where none learns, and for an encoder that can't be computed in two parts.
+    """
+    from chimera_cli.models.sessions import SessionError, compare_parts, state_session
+    from chimera_cli.models.text_tower import text_weights_hash
+    from chimera_cli.models.tokens import StateTable
+    from chimera_cli.training import features
+
+    shape, tower = model.architecture, model.text_tower
+    if not shape.learn_layers:
+        return None
+    table = tower.token_table(pack.captions(split).texts, shape.max_tokens)
+    was_training = tower.training
+    tower.eval()
+    try:
+        compare_parts(tower, table.samples(_SAMPLES), device)
+    except SessionError as error:
+        _say_once(listener, f"{error}: nothing of the text tower is cached")
+        return None
+    finally:
+        tower.train(was_training)
+    key = _key(pack, split, shape.text_weights, text_weights_hash(shape.text_weights), device)
+    key |= {"max_tokens": shape.max_tokens, "layers": tower.locked_layers}
+
+    def compute(encode: "Callable[[Any], Tensor]", allocate: "Allocate") -> object:
+        stage = f"{split} caption states"
+        return features.caption_states(encode, table, device=device, allocate=allocate, listener=listener, stage=stage)
+
+    session = partial(state_session, tower, table.samples(_SAMPLES))
+    known = _cached(pack, f"{split}-states", key, session, tower.lower_states, compute, device, listener)
+    return StateTable(table, known.values), known.seconds
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+
+def _cached(
+    pack: "Pack",
+    label: str,
+    key: dict[str, Any],
+    session: "Callable[[], Callable[[Any], Tensor]]",
+    tower: "Callable[[Any], Tensor]",
+    compute: "Callable[[Callable[[Any], Tensor], Allocate], object]",
+    device: "torch.device",
+    listener: Listener,
+) -> "CachedFeatures":
+    """Return the features of `key` from the cache, made if need be: on a CPU by a session where there can be one.
+
+    What computed them is part of the key: features of two makes differ in their last digits and are never mixed.
+    """
+    from chimera_cli.models.sessions import SessionError, session_backend
+    from chimera_cli.training.cache import cached
+
+    folder = _features_dir(pack)
+    backend = session_backend() if device.type == "cpu" else None
+    tried = f"{label} of {key['weights']}"
+    if backend is not None and tried not in _unfit:
+        try:
+            return cached(
+                folder, label, key | {"backend": backend}, lambda allocate: compute(session(), allocate), device
+            )
+        except SessionError as error:
+            _unfit.add(tried)
+            _say_once(listener, f"{error}: PyTorch computes the features itself, which takes longer")
+
+    def plainly(allocate: "Allocate") -> object:
+        if backend is None and device.type == "cpu":
+            missing = "onnxruntime and onnx are not both installed: locked features take two to three times as long"
+            _say_once(listener, f"{missing}; `pip install onnxruntime onnx` brings them")
+        return compute(tower, allocate)
+
+    return cached(folder, label, key | {"backend": "torch"}, plainly, device)
+
+
+def _say_once(listener: Listener, words: str) -> None:
+    """Announce what would otherwise be said of each split and at each evaluation."""
+    if words not in _said:
+        _said.add(words)
+        listener(Note(words, "warning"))
 
 
 def _key(pack: "Pack", split: str, weights: str, weights_hash: str | None, device: "torch.device") -> dict[str, Any]:

@@ -1,5 +1,9 @@
 """The frame of every measured run: a group with its status, the recorder, the machine watched, MLflow told."""
 
+import fcntl
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -10,13 +14,20 @@ from chimera_cli.errors import ChimeraError
 from chimera_cli.events import Evaluated, Event, Listener, RunFinished, RunStarted, Saved, StepDone, TelemetrySampled
 from chimera_cli.events import broadcast as tell_all
 from chimera_cli.runs import (
+    MADE_WITH,
     SCHEMA_VERSION,
     Group,
     append_json_line,
+    cannot_write,
+    content_hash,
     create_group,
     finish_group,
+    json_line,
+    read_json_lines,
+    update_group,
     utc_now,
     write_json,
+    write_sealed_json,
     write_text,
 )
 
@@ -25,18 +36,116 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def group_session(home: Path, kind: str, label: str, seeds: Sequence[int], facts: Mapping[str, Any]) -> Iterator[Group]:
-    """Make a group and close it with the status that fits how the work ended; what went wrong is raised on."""
-    group = create_group(home, kind, label, seeds, facts)
+def group_session(
+    home: Path,
+    kind: str,
+    label: str,
+    seeds: Sequence[int],
+    facts: Mapping[str, Any],
+    resumed: Group | None = None,
+    command: str = "",
+) -> Iterator[Group]:
+    """Make a group and close it with the status that fits how the work ended; what went wrong is raised on.
+
+    With `resumed` that group goes on instead, and group.json says since when, by which `command`. Raises ChimeraError
+    where another process is at work on it.
+    """
+    group = create_group(home, kind, label, seeds, facts) if resumed is None else resumed
+    with _at_work(group):
+        if resumed is not None:
+            group = _again(resumed, facts, command)
+        try:
+            yield group
+        except KeyboardInterrupt:
+            finish_group(group, "interrupted")
+            raise
+        except BaseException:
+            finish_group(group, "failed")
+            raise
+        finish_group(group, "finished")
+
+
+@contextmanager
+def _at_work(group: Group) -> Iterator[None]:
+    """Hold the right to work on a group: the system takes it back however the process ends, by kill -9 too."""
+    path = group.path / ".working.lock"
     try:
-        yield group
-    except KeyboardInterrupt:
-        finish_group(group, "interrupted")
-        raise
-    except BaseException:
-        finish_group(group, "failed")
-        raise
-    finish_group(group, "finished")
+        file = path.open("a")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ChimeraError(
+                f"{group.name} is still being worked on by another process (pid {group.facts.get('pid')})",
+                "wait until it is done, or stop it first",
+            ) from error
+        yield
+
+
+def _again(group: Group, facts: Mapping[str, Any], command: str) -> Group:
+    """Return the group running again. What two versions of the source made is evidence for neither of them."""
+    before = group.facts
+    sources = [before["source_hash"], facts["source_hash"]]
+    return update_group(
+        group,
+        status="running",
+        finished_at=None,
+        pid=os.getpid(),
+        # By its first process the tracking store knows the group.
+        first_pid=before.get("first_pid", before.get("pid")),
+        source_hash=sources[0] if sources[0] == sources[1] else content_hash(sources),
+        resumed=[*before.get("resumed", []), {"at": utc_now(), "command": command}],
+    )
+
+
+# ---- a wish to stop -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Stop:
+    """Whether somebody wants the run to end; while `heeded` the work looks at `wanted` by itself, after each step."""
+
+    wanted: bool = False
+    heeded: bool = False
+
+    @contextmanager
+    def heed(self) -> Iterator[None]:
+        """Heed the wish while the block lasts."""
+        self.heeded = True
+        try:
+            yield
+        finally:
+            self.heeded = False
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Turn SIGINT and SIGTERM into a wish to stop where the work heeds it, else and the second time into an interrupt.
+
+    A signal that the process was told to ignore, as a shell's background jobs are, stays ignored.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def hear(_number: int, _frame: object) -> None:
+        if stop.wanted or not stop.heeded:
+            raise KeyboardInterrupt
+        stop.wanted = True
+
+    signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, hear) for number in signals}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---- one seed -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +154,7 @@ class SeedSession:
 
     directory: Path
     tell: Listener
+    started_at: str
     mean_gpu_util: Callable[[], float | None]
     finish: Callable[[Mapping[str, float | None], Mapping[str, Any]], dict[str, Any]]
 
@@ -57,16 +167,17 @@ def seed_session(
     device: "torch.device",
     listeners: Sequence[Listener],
     total_steps: int,
+    steps_done: int | None = None,
+    started_at: str | None = None,
 ) -> Iterator[SeedSession]:
-    """Write config and environment of one seed, record all it announces, sample the machine until it is over."""
-    import yaml
+    """Write config and environment of one seed, record all it announces, sample the machine until it is over.
 
-    from chimera_cli.services.provenance import environment
+    `steps_done` is what a seed that goes on has behind it, since `started_at`: its records are cut back to there.
+    """
     from chimera_cli.telemetry.sampler import gpu_uuid_of, sample_machine
 
     directory = group.seed_dir(seed)
-    write_text(directory / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-    write_json(directory / "environment.json", environment(device))
+    _write_begin(directory, config, device, steps_done)
     record, others = recorder(directory), tell_all([telemetry_recorder(directory), *listeners])
 
     def tell(event: Event) -> None:
@@ -74,12 +185,12 @@ def seed_session(
         record(event)
         others(event)
 
-    started_at = utc_now()
+    since = started_at or utc_now()
     tell(RunStarted(group.name, group.kind, seed, str(directory), total_steps, dict(config)))
 
     def finish(figures: Mapping[str, float | None], details: Mapping[str, Any]) -> dict[str, Any]:
-        result = _result(group, seed, started_at, figures, details)
-        write_json(directory / "result.json", result)
+        result = _result(group, seed, since, figures, details)
+        write_sealed_json(directory / "result.json", result)
         tell(Saved(str(directory / "result.json"), "result"))
         tell(RunFinished(seed, "finished", dict(figures)))
         return result
@@ -89,7 +200,7 @@ def seed_session(
         uuid = gpu_uuid_of(device.index or 0) if device.type == "cuda" else None
         with sample_machine(on_sample=lambda snapshot: tell(snapshot.as_event()), gpu_uuid=uuid) as sampler:
             gpu_util = sampler.mean_gpu_util if device.type == "cuda" else lambda: None
-            yield SeedSession(directory, tell, gpu_util, finish)
+            yield SeedSession(directory, tell, since, gpu_util, finish)
     except KeyboardInterrupt:
         tell(RunFinished(seed, "interrupted"))
         raise
@@ -99,6 +210,19 @@ def seed_session(
         if known is error:
             raise
         raise known from error
+
+
+def _write_begin(directory: Path, config: Mapping[str, Any], device: "torch.device", steps_done: int | None) -> None:
+    """Write config and environment; a seed that goes on keeps the environment in which it began."""
+    import yaml
+
+    from chimera_cli.services.provenance import environment
+
+    write_text(directory / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+    if not steps_done or not (directory / "environment.json").is_file():
+        write_json(directory / "environment.json", environment(device))
+    if steps_done is not None:
+        cut_back(directory, steps_done)
 
 
 def _known(error: BaseException) -> BaseException:
@@ -120,12 +244,26 @@ def _result(
         "schema_version": SCHEMA_VERSION,
         "kind": group.kind,
         "seed": seed,
+        "made_with": {name: group.facts.get(name) for name in MADE_WITH},
         "status": "finished",
         "started_at": started_at,
         "finished_at": utc_now(),
         "figures": dict(figures),
         "details": dict(details),
     }
+
+
+def cut_back(directory: Path, steps_done: int) -> None:
+    """Take from metrics.jsonl what comes after so many steps, and from both series a last line that a crash cut short.
+
+    Steps that a crash took along are made again: each is recorded once.
+    """
+    for name, last in (("metrics.jsonl", steps_done - 1), ("telemetry.jsonl", None)):
+        path = directory / name
+        if not path.is_file():
+            continue
+        rows = [row for row in read_json_lines(path) if last is None or row["step"] <= last]
+        write_text(path, "".join(json_line(row) for row in rows))
 
 
 def recorder(directory: Path) -> Listener:
@@ -168,14 +306,14 @@ def need_pack(home: Path, name: str | None, listener: Listener) -> Any:
 
     if name is not None:
         return open_pack(home / "data", name)
-    pack = default_pack(home / "data")
+    pack = default_pack(home / "data", listener)
     if pack is not None:
         return pack
     from chimera_cli.services.data import prepare
 
     listener(Note("no pack is prepared yet: making the built-in toy set"))
     prepare("toy", home=home, listener=listener)
-    pack = default_pack(home / "data")
+    pack = default_pack(home / "data", listener)
     if pack is None:
         raise ChimeraError("the toy pack can't be found after making it", "run `chimera data prepare toy`")
     return pack

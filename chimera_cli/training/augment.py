@@ -29,20 +29,21 @@ def noisy_rows(
 ) -> Callable[[Indices, Place], Tensor]:
     """Return a function (positions, place) -> features (batch, width): a random view of each row, with noise.
 
-    `views` is (n, views, width); where `may_flip` (n,) is false only the first is shown. The noise is Gaussian with
-    `noise` times the standard deviation of each feature, which keeps heads from learning single features by heart.
-    `stream` keeps the noise of captions apart from that of images.
+    `views` is (n, views, width); where `may_flip` (n,) is false the second, the mirrored one, is not shown. The noise
+    is Gaussian with `noise` times the standard deviation of each feature, which keeps heads from learning single
+    features by heart. `stream` keeps the noise of captions apart from that of images.
     """
-    scale = noise * views.flatten(0, 1).std(dim=0)
+    # Without noise nothing but the rows that are picked is ever read: the views may lie in a file.
+    scale = noise * views.flatten(0, 1).std(dim=0) if noise else None
 
     def rows(positions: Indices, place: Place) -> Tensor:
         generator = place.generator(seed, stream)
         index = torch.from_numpy(positions).to(views.device)
         view = torch.randint(views.shape[1], (place.whole,), generator=generator)[place.part].to(views.device)
         if may_flip is not None:
-            view = view * may_flip.to(views.device)[index]
+            view = view.masked_fill((view == 1) & ~may_flip.to(views.device)[index], 0)
         picked = views[index, view]
-        if noise == 0:
+        if scale is None:
             return picked
         drawn = torch.randn((place.whole, views.shape[2]), generator=generator)[place.part]
         return picked + scale * drawn.to(views.device)

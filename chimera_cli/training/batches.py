@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chimera_cli.data.loader import ahead, epoch_order
 from chimera_cli.models.dual_encoder import DualEncoder
-from chimera_cli.models.text_tower import Tokens
+from chimera_cli.models.tokens import Tokens
 
 Indices = NDArray[np.int64]
 

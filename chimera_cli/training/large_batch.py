@@ -106,7 +106,7 @@ def refuse_batch_statistics(model: nn.Module) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _RandomState:
+class RandomState:
     """The random numbers as they were: those of the CPU, and of the GPU the model is on."""
 
     cpu: Tensor
@@ -114,21 +114,23 @@ class _RandomState:
     device: torch.device
 
     @classmethod
-    def now(cls, device: torch.device) -> "_RandomState":
+    def now(cls, device: torch.device) -> "RandomState":
+        """Return the state at this moment."""
         gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(torch.get_rng_state(), gpu, device)
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Go on from this state for a while; afterwards the numbers continue where they were before."""
-        before = _RandomState.now(self.device)
-        self._set()
+        before = RandomState.now(self.device)
+        self.put_back()
         try:
             yield
         finally:
-            before._set()
+            before.put_back()
 
-    def _set(self) -> None:
+    def put_back(self) -> None:
+        """Let all random numbers go on from this state."""
         torch.set_rng_state(self.cpu)
         if self.gpu is not None:
             torch.cuda.set_rng_state(self.gpu, self.device)
@@ -136,11 +138,11 @@ class _RandomState:
 
 def _without_graph(
     model: DualEncoder, pieces: Sequence[PairBatch], autocast: Autocast
-) -> tuple[list[Tensor], list[Tensor], list[_RandomState]]:
+) -> tuple[list[Tensor], list[Tensor], list[RandomState]]:
     """Return image_features and text_features (micro-batch, dim) of each piece, and the random state before each."""
     images, texts, states = [], [], []
     for piece in pieces:
-        states.append(_RandomState.now(piece.image_ids.device))
+        states.append(RandomState.now(piece.image_ids.device))
         with torch.no_grad(), autocast():
             image, text = embed_pairs(model, piece)
         images.append(_wide(image))

@@ -98,7 +98,7 @@ def test_locked_weights_are_not_stored_again(tmp_path: Path) -> None:
     save_model(build_dual_encoder(LOCKED), tmp_path / "best.safetensors")
     with safe_open(tmp_path / "best.safetensors", framework="pt") as file:
         assert not [name for name in file.keys() if name.startswith("image_tower")]  # noqa: SIM118
-        assert json.loads(file.metadata()["weights"])[DEFAULT_IMAGE]
+        assert json.loads(file.metadata()["chimera"])["weights"][DEFAULT_IMAGE]
 
 
 def test_a_cut_checkpoint_is_named(tmp_path: Path) -> None:

@@ -62,6 +62,26 @@ def test_other_options_make_another_pack(tmp_path: Path, source: Path) -> None:
     assert [pack["name"] for pack in data.info(tmp_path)["packs"]] == ["flickr8k", "small"]
 
 
+@pytest.mark.parametrize("inside", [".", "Flicker8k_Dataset"])
+def test_a_source_where_the_pack_would_go_is_refused_and_stays(tmp_path: Path, source: Path, inside: str) -> None:
+    own = tmp_path / "data" / "own"
+    own.parent.mkdir()
+    source.rename(own)
+    before = sorted(own.rglob("*"))
+    (tmp_path / "link").symlink_to(own / inside)
+    for origin in (own / inside, tmp_path / "link"):
+        with pytest.raises(UsageError, match=r"--from .* lies in .*own, where the pack goes") as caught:
+            data.prepare("flickr8k", home=tmp_path, origin=origin, name="own", size=16)
+        assert "--name" in caught.value.hint
+    table = tmp_path / "table.csv"
+    table.write_text("image\n00.jpg\n")
+    options = data.SourceOptions(images=own / "Flicker8k_Dataset")
+    with pytest.raises(UsageError, match=r"--images .* lies in .*own, where the pack goes"):
+        data.prepare("table", home=tmp_path, origin=table, name="own", size=16, options=options)
+    assert sorted(own.rglob("*")) == before
+    assert len(data.prepare("flickr8k", home=tmp_path, origin=own, size=16).pack) == 12
+
+
 def test_a_damaged_photo_is_skipped_when_that_is_allowed(tmp_path: Path, source: Path) -> None:
     (source / "Flicker8k_Dataset" / "04.jpg").write_bytes(b"")
     photo = source / "Flicker8k_Dataset" / "05.jpg"

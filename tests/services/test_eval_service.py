@@ -1,5 +1,6 @@
 """Evaluation of a run: files per seed and group, counted looks, zero-shot, and what is refused."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,24 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from chimera_cli.data.pack import Caption, Item, Pack, Picture, write_pack
+from chimera_cli.data.pack import Caption, Item, Pack, Picture
+from chimera_cli.data.pack_writer import write_pack
 from chimera_cli.errors import ChimeraError, UsageError
+from chimera_cli.evaluation.rank_files import read_ranks
+from chimera_cli.evaluation.retrieval import retrieval_figures
 from chimera_cli.events import Event, Note
 from chimera_cli.figures import RETRIEVAL
-from chimera_cli.runs import Group, create_group, finish_group, read_json, write_json
+from chimera_cli.runs import (
+    MADE_WITH,
+    Group,
+    create_group,
+    finish_group,
+    list_groups,
+    read_json,
+    read_sealed_json,
+    update_group,
+    write_json,
+)
 from chimera_cli.services import embeddings
 from chimera_cli.services.eval import evaluate_group
 
@@ -58,6 +72,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(embeddings, "embed_split", embed_split)
     monkeypatch.setattr(embeddings, "embed_texts", embed_texts)
+    # MLflow makes a database for every home, which takes seconds; its own tests and the whole road deliver to it.
+    monkeypatch.setattr("chimera_cli.services.eval._deliver", lambda *_arguments: None)
     make_group(tmp_path, make_pack(tmp_path))
     return tmp_path
 
@@ -65,7 +81,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_seed_and_the_group_get_a_file(home: Path) -> None:
     result = evaluate_group(home, split="validation", device="cpu", resamples=100)
     group = home / "runs" / result["run"]
-    documents = [read_json(group / f"seed-{seed}" / "evaluations" / "small-dev.json") for seed in range(3)]
+    documents = [read_sealed_json(group / f"seed-{seed}" / "evaluations" / "small-dev.json") for seed in range(3)]
     assert result["by_seed"] == documents
     assert [document["checkpoint_step"] for document in documents] == [0, 10, 20]
     assert [(document["images"], document["captions"]) for document in documents] == [(12, 24)] * 3
@@ -80,9 +96,60 @@ def test_every_seed_and_the_group_get_a_file(home: Path) -> None:
         for document in documents:
             low, high = document["intervals"][name]
             assert low <= document["figures"][name] <= high
-    aggregate = read_json(group / "evaluations" / "small-dev.json")
+    aggregate = read_sealed_json(group / "evaluations" / "small-dev.json")
     assert (aggregate["seeds"], aggregate["test_looks"]) == ([0, 1, 2], 0)
     assert aggregate["figures"]["rsum"] == result["over_seeds"]["rsum"]
+
+
+def test_ranks_and_similarities_lie_beside_the_figures(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chimera_cli.services.eval.source_hash", lambda: "a state of the code")
+    result = evaluate_group(home, device="cpu", resamples=100)
+    folder = home / "runs" / result["run"] / "seed-1" / "evaluations"
+    document = read_sealed_json(folder / "small-dev.json")
+    ranks = read_ranks(folder / document["ranks"]["file"], document["ranks"]["sha256"], "")
+    assert document["ranks"]["file"] == "small-dev.ranks.npz"
+    assert ranks.captions_per_query().tolist() == [1, 2, 3] * 4
+    assert retrieval_figures(ranks) == document["figures"]
+    similar = document["similarities"]
+    assert (len(similar["edges"]), sum(similar["matched"]), sum(similar["unmatched"])) == (101, 24, 100_000)
+    # What noise of 0.8 leaves of a caption is still nearer to its own image than to others.
+    middle = np.convolve(similar["edges"], [0.5, 0.5], "valid")
+    assert np.average(middle, weights=similar["matched"]) > 0.5 > np.average(middle, weights=similar["unmatched"]) + 0.3
+    assert document["source_hash"] == "a state of the code"
+
+
+def test_an_evaluation_says_of_which_run_and_checkpoint_it_is(home: Path) -> None:
+    group = next(iter(list_groups(home)))
+    (group.seed_dir(1) / "checkpoints" / "best.safetensors").write_bytes(b"weights")
+    # A count that an edit spoilt stops nothing.
+    update_group(group, test_looks="two")
+    first, second, _ = evaluate_group(home, device="cpu", resamples=100)["by_seed"]
+    assert (first["group"], first["seed"], first["checkpoint_sha256"]) == (group.name, 0, None)
+    assert second["checkpoint_sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert first["made_with"] == {key: group.facts.get(key) for key in MADE_WITH}
+
+
+def test_an_edited_file_of_a_seed_makes_no_mean_of_the_group(home: Path) -> None:
+    name = evaluate_group(home, device="cpu", resamples=100)["run"]
+    group = home / "runs" / name
+    path = group / "seed-0" / "evaluations" / "small-dev.json"
+    path.write_text(path.read_text().replace('"images": 12', '"images": 1000'))
+    (group / "evaluations" / "small-dev.json").unlink()
+    evaluate_group(home, f"{name}/seed-1", device="cpu", resamples=100)
+    assert not (group / "evaluations" / "small-dev.json").exists()
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
+def test_a_seed_that_is_not_finished_is_refused_and_no_look_is_counted(home: Path, status: str) -> None:
+    group = update_group(next(iter(list_groups(home))), status=status)
+    write_json(group.seed_dir(0) / "result.json", {"status": "finished"})
+    with pytest.raises(ChimeraError, match=f"seed 1 of {group.name} is not finished: the run is {status}") as raised:
+        evaluate_group(home, group.name, split="test", device="cpu")
+    assert raised.value.hint
+    assert ("wait" in raised.value.hint) == (status == "running")
+    assert read_json(group.path / "group.json")["test_looks"] == 0
+    # A seed of it that came to its end can be looked at by itself.
+    assert evaluate_group(home, f"{group.name}/seed-0", device="cpu", resamples=100)["seeds"] == [0]
 
 
 def test_one_seed_alone_makes_no_mean_of_the_group(home: Path) -> None:
@@ -111,7 +178,7 @@ def test_another_pack_is_evaluated_beside_the_runs_own(home: Path) -> None:
     make_pack(home, "other")
     result = evaluate_group(home, data="other", device="cpu", resamples=100)
     files = sorted(path.name for path in (home / "runs" / result["run"] / "seed-0" / "evaluations").iterdir())
-    assert files == ["other-dev.json"]
+    assert files == ["other-dev.json", "other-dev.ranks.npz"]
 
 
 def test_zero_shot_takes_a_column_as_classes(home: Path) -> None:

@@ -11,7 +11,7 @@ from tiny_model import TINY
 from chimera_cli.errors import ChimeraError
 from chimera_cli.models.dual_encoder import DualEncoder, build_dual_encoder
 from chimera_cli.training.batches import PairBatch
-from chimera_cli.training.loop import train
+from chimera_cli.training.loop import Keeper, train
 from chimera_cli.training.losses import infonce
 from chimera_cli.training.optimiser import build_optimiser, build_schedule
 
@@ -78,7 +78,7 @@ def test_it_stops_after_patience_and_remembers_the_best() -> None:
         evaluate=lambda: {"rsum": next(scores)},
         evaluate_every=2,
         patience=2,
-        on_evaluated=lambda step, _epoch, better, _state: told.append((step, better)),
+        keeper=Keeper(lambda state: state.done % 2 == 0, lambda state, better: told.append((state.done - 1, better))),
     )
     assert told == [(1, True), (3, True), (5, False), (7, False)]
     assert outcome.stopped_early

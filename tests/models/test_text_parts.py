@@ -1,0 +1,71 @@
+"""A text tower whose lower layers are locked: computed in two parts it is the same function with the same gradient."""
+
+import copy
+
+import pytest
+import torch
+
+from chimera_cli.models.sessions import SessionError, compare_parts
+from chimera_cli.models.text_tower import TextTower, build_text_tower
+
+TEXTS = ["a dog", "two children play with a red ball on the grass", "snow"] * 60
+
+
+def halves(layers: int | None) -> TextTower:
+    torch.manual_seed(0)
+    tower = build_text_tower("tiny")
+    tower.learn_only(layers)
+    return tower.eval()
+
+
+@pytest.mark.parametrize(("layers", "locked"), [(None, None), (0, 2), (1, 1), (2, 0), (9, 0)])
+def test_the_last_layers_learn_and_the_rest_is_locked(layers: int | None, locked: int | None) -> None:
+    tower = halves(layers)
+    assert tower.locked_layers == locked
+    learning = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    for number, layer in enumerate(tower.layers()):
+        learns = locked is None or number >= locked
+        assert all(parameter.requires_grad == learns for parameter in layer.parameters())
+    assert any("embeddings" in name for name in learning) == (layers is None)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_states_and_then_the_rest_equal_the_whole_tower_and_its_gradient(layers: int) -> None:
+    tower = halves(layers)
+    twin = copy.deepcopy(tower)
+    # More than one piece, so that the sorting of a large batch takes part.
+    tokens = tower.tokenise(TEXTS, 16)
+    whole = tower(tokens)
+    with torch.no_grad():
+        states = twin.lower_states(tokens)
+    parts = twin({"states": states, "attention_mask": tokens["attention_mask"]})
+    assert torch.allclose(parts, whole, atol=1e-6)
+    whole.square().sum().backward()
+    parts.square().sum().backward()
+    for (name, ours), (_, theirs) in zip(twin.named_parameters(), tower.named_parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None) == (not ours.requires_grad), name
+        assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, atol=1e-5), name
+
+
+def test_locked_layers_keep_no_dropout_while_the_others_learn() -> None:
+    tower = halves(1).train()
+    tokens = tower.tokenise(TEXTS[:3], 16)
+    assert torch.equal(tower.lower_states(tokens), tower.lower_states(tokens))
+    assert not torch.equal(tower(tokens), tower(tokens))
+    tower.learn_only(None)
+    tower.train()
+    assert not torch.equal(tower.encoder.embeddings(tokens["input_ids"]), tower.encoder.embeddings(tokens["input_ids"]))
+
+
+def test_parts_that_make_something_else_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = halves(1)
+    samples = [torch.tensor([101, 2000, 102]), torch.tensor([101, 102])]
+    compare_parts(tower, samples, torch.device("cpu"))
+    lower = tower.lower_states
+    with monkeypatch.context() as patch:
+        patch.setattr(tower, "lower_states", lambda tokens: lower(tokens).flip(-1))
+        with pytest.raises(SessionError, match="in two parts is off by"):
+            compare_parts(tower, samples, torch.device("cpu"))
+    del tower.encoder.embeddings
+    with pytest.raises(SessionError, match="can't be computed in two parts"):
+        compare_parts(tower, samples, torch.device("cpu"))

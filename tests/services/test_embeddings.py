@@ -1,0 +1,182 @@
+"""Which way features of locked towers are computed, what is said of it, and what of it is in the cache's key."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_model import TINY
+
+from chimera_cli.data.pack import Pack, open_pack
+from chimera_cli.events import Event, Note
+from chimera_cli.models import sessions
+from chimera_cli.models.dual_encoder import DualEncoder, build_dual_encoder
+from chimera_cli.models.sessions import SessionError, session_backend
+from chimera_cli.models.weights import DEFAULT_IMAGE, DEFAULT_TEXT
+from chimera_cli.services import embeddings
+from chimera_cli.services.embeddings import (
+    Crops,
+    caption_states,
+    embed_captions,
+    embed_texts_with,
+    images_without_sides,
+    pooled_caption_features,
+    pooled_image_features,
+)
+
+CPU = torch.device("cpu")
+needs_sessions = pytest.mark.skipif(session_backend() is None, reason="onnxruntime or onnx is not installed")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """A process that has said nothing yet."""
+    embeddings._said.clear()
+    embeddings._unfit.clear()
+    yield
+    embeddings._said.clear()
+    embeddings._unfit.clear()
+
+
+@pytest.fixture
+def pack(small_home: Path) -> Pack:
+    return open_pack(small_home / "data", "small")
+
+
+@pytest.fixture(scope="module")
+def model() -> DualEncoder:
+    shape = replace(TINY, image_weights=DEFAULT_IMAGE, image_locked=True, flipped_view=True)
+    return build_dual_encoder(replace(shape, text_weights=DEFAULT_TEXT, learn_layers=0, max_tokens=32)).eval()
+
+
+class Ear:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Note):
+            self.notes.append(event.message)
+
+
+def keys(pack: Pack) -> list[dict[str, object]]:
+    files = sorted((pack.path.parent / ".features" / pack.name).glob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8"))["key"] for path in files]
+
+
+@needs_sessions
+def test_a_session_and_pytorch_agree_and_are_kept_apart(
+    pack: Pack, model: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ear = Ear()
+    pairs = []
+    for features in (pooled_image_features, pooled_caption_features):
+        fast = features(model, pack, "dev", CPU, ear)
+        assert ear.notes == []
+        with monkeypatch.context() as patch:
+            patch.setattr(sessions, "session_backend", lambda: None)
+            plain = features(model, pack, "dev", CPU, ear)
+        assert not plain.from_cache
+        pairs.append((fast.values, plain.values))
+        ear.notes.clear()
+    for fast, plain in pairs:
+        # Of so small an image nothing may be left behind the last activation.
+        error = np.linalg.norm(fast - plain, axis=-1) / np.linalg.norm(plain, axis=-1).clip(min=1e-2)
+        assert 0 < error.max() < 1e-3
+    assert sorted(str(key["backend"]) for key in keys(pack)) == sorted(2 * [session_backend(), "torch"])
+    assert pairs[0][0].shape == (60, 2, 1280)
+
+
+def test_without_the_libraries_it_is_said_once_and_only_when_it_matters(
+    pack: Pack, model: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "session_backend", lambda: None)
+    ear = Ear()
+    for split in ("dev", "test"):
+        pooled_caption_features(model, pack, split, CPU, ear)
+    assert len(ear.notes) == 1
+    assert "pip install onnxruntime onnx" in ear.notes[0]
+    embeddings._said.clear()
+    assert pooled_caption_features(model, pack, "dev", CPU, ear).from_cache
+    assert len(ear.notes) == 1
+
+
+def test_a_misfit_falls_back_names_the_error_and_is_not_tried_again(
+    pack: Pack, model: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def misfit(*_arguments: object) -> None:
+        tries.append(1)
+        raise SessionError("onnxruntime is off by 2.0e-02 on some captions, 1e-03 is allowed")
+
+    monkeypatch.setattr(sessions, "session_backend", lambda: "onnxruntime 9.9")
+    monkeypatch.setattr(sessions, "caption_session", misfit)
+    ear = Ear()
+    first = pooled_caption_features(model, pack, "dev", CPU, ear)
+    second = pooled_caption_features(model, pack, "dev", CPU, ear)
+    assert (first.from_cache, second.from_cache, len(tries)) == (False, True, 1)
+    assert len(ear.notes) == 1
+    assert "off by 2.0e-02" in ear.notes[0]
+    assert "PyTorch computes" in ear.notes[0]
+    assert [key["backend"] for key in keys(pack)] == ["torch"]
+    with torch.inference_mode():
+        table = model.text_tower.token_table(pack.captions("dev").texts, 32)
+        assert np.allclose(first.values[0], model.text_tower(table.batch(np.array([0])))[0], atol=1e-5)
+
+
+@needs_sessions
+def test_crops_are_further_views_with_a_key_of_their_own(pack: Pack, model: DualEncoder) -> None:
+    plain = pooled_image_features(model, pack, "dev", CPU, Ear())
+    crops = pooled_image_features(model, pack, "dev", CPU, Ear(), Crops(2, 0.5, 0.0))
+    assert crops.values.shape == (60, 4, 1280)
+    assert np.array_equal(crops.values[:, :2], plain.values)
+    other = pooled_image_features(model, pack, "dev", CPU, Ear(), Crops(2, 0.6, 0.0))
+    assert not np.array_equal(other.values[:, 2:], crops.values[:, 2:])
+    assert pooled_image_features(model, pack, "dev", CPU, Ear(), Crops(2, 0.5, 0.0)).from_cache
+
+
+def test_sided_images_are_those_whose_captions_name_a_side(pack: Pack) -> None:
+    table = pack.captions("dev")
+    free = images_without_sides(pack, "dev")
+    for image, rows in enumerate(table.by_image()):
+        words = " ".join(table.texts[row] for row in rows).split()
+        assert bool(free[image]) == (not {"left", "right"} & set(words))
+
+
+def test_captions_of_a_half_locked_tower_come_from_cached_states(pack: Pack) -> None:
+    shape = replace(TINY, text_weights=DEFAULT_TEXT, learn_layers=2, max_tokens=32)
+    torch.manual_seed(0)
+    model = build_dual_encoder(shape).eval()
+    known = caption_states(model, pack, "dev", CPU, Ear())
+    assert known is not None
+    table, seconds = known
+    assert seconds > 0
+    assert table.states.shape == (int(table.lengths.sum()), 384)
+    ours = embed_captions(model, pack, "dev", CPU, Ear())
+    theirs = embed_texts_with(model, pack.captions("dev").texts, CPU)
+    assert np.linalg.norm(ours - theirs, axis=1).max() < 1e-3
+    # What learns is in neither key nor values: other upper layers find the same states.
+    with torch.no_grad():
+        model.text_tower.layers()[5].output.dense.weight.mul_(1.5)
+    embed_captions(model, pack, "dev", CPU, Ear())
+    assert [key["layers"] for key in keys(pack)] == [4]
+    assert caption_states(build_dual_encoder(TINY), pack, "dev", CPU, Ear()) is None
+
+
+def test_a_tower_that_cannot_be_parted_is_computed_whole(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise SessionError("this text tower can't be computed in two parts (no layers)")
+
+    monkeypatch.setattr(sessions, "compare_parts", refuse)
+    ear = Ear()
+    model = build_dual_encoder(replace(TINY, learn_layers=1)).eval()
+    for _ in range(2):
+        ours = embed_captions(model, pack, "dev", CPU, ear)
+    assert np.array_equal(ours, embed_texts_with(model, pack.captions("dev").texts, CPU))
+    assert len(ear.notes) == 1
+    assert "nothing of the text tower is cached" in ear.notes[0]

@@ -1,0 +1,46 @@
+"""Cached views: what would change nothing is refused with what to write instead."""
+
+import pytest
+
+from chimera_cli.config import TrainConfig, load_config
+from chimera_cli.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("changes", "random_views"),
+    [
+        ([], 0),
+        (["augmentation.flip=true"], 0),
+        (["augmentation.flip=true", "augmentation.views=2"], 0),
+        (["augmentation.flip=true", "augmentation.views=4", "augmentation.crop_scale=0.6"], 2),
+        (["augmentation.views=4", "augmentation.colour_jitter=0.2"], 3),
+    ],
+)
+def test_views_beyond_the_plain_and_the_mirrored_one_are_random(changes: list[str], random_views: int) -> None:
+    assert load_config(TrainConfig, None, changes).augmentation.random_views == random_views
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["views=2", "crop_scale=0.6", "flip=true"], "augmentation.views: 3 or more"),
+        (["colour_jitter=0.1"], "colour_jitter above 0 needs image.locked: false, or augmentation.views: 2 or more"),
+        (["views=3", "flip=true"], "views: 3 needs crop_scale below 1 or colour_jitter above 0"),
+        (["views=2"], "views: 2 needs crop_scale below 1"),
+        (["views=17"], "less than or equal to 16"),
+        (["views=0"], "greater than or equal to 1"),
+    ],
+)
+def test_views_that_would_show_nothing_new_are_refused(changes: list[str], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(TrainConfig, None, [f"augmentation.{change}" for change in changes])
+    assert words in f"{caught.value.message} {caught.value.hint}"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("image.locked=false", "needs image.locked: true"), ("stream=shards", "which a stream has not")],
+)
+def test_only_a_cache_has_views(change: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load_config(TrainConfig, None, ["augmentation.views=4", "augmentation.crop_scale=0.5", change])
