@@ -10,6 +10,10 @@ import pytest
 from support import FLICKR8K, REPOSITORY, Chimera, Done
 
 
+# As `chimera` itself does, before any test loads torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @pytest.fixture(scope="session")
 def toy_pack_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with the toy pack alone. Read-only: tests that write take `toy_home`."""
