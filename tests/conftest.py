@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from support import FLICKR8K, REPOSITORY, Chimera, Done
 
-
 # As `chimera` itself does, before any test loads torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
