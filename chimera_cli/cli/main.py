@@ -24,18 +24,24 @@ app.add_typer(runs.app, name="runs")
 _options = {"debug": False}
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"chimera {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a known failure.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True),
+    ] = False,
 ) -> None:
     """Train, prove and gate small vision-language models on one consumer GPU or a CPU.
 
     Start with `chimera train sanity --seed 0`: it needs no data and no network.
     """
-    if version:
-        typer.echo(f"chimera {__version__}")
-        raise typer.Exit
     _options["debug"] = debug
 
 

@@ -296,7 +296,7 @@ def _cached(
 
     def plainly(allocate: "Allocate") -> object:
         if backend is None and device.type == "cpu":
-            missing = "onnxruntime and onnx are not both installed: locked features take two to three times as long"
+            missing = "onnxruntime and onnx are not both installed: locked features take up to twice as long"
             _say_once(listener, f"{missing}; `pip install onnxruntime onnx` brings them")
         return compute(tower, allocate)
 

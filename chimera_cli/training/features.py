@@ -74,7 +74,7 @@ def image_features(
     on_cpu = device.type == "cpu"
     encode = _by_image(encode) if on_cpu else encode
     inputs = _inputs(tower, images, indices, image_size, device, views)
-    with closing(ahead(inputs, 1 if on_cpu else 0)) as ready, torch.inference_mode():
+    with torch.inference_mode(), closing(ahead(inputs, 1 if on_cpu else 0)) as ready:
         for rows, view, pixels in ready:
             values = encode(pixels).float().cpu().numpy()
             if result is None:

@@ -117,6 +117,11 @@ def test_wrong_input_gets_a_sentence_and_leaves_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_version_needs_no_command(chimera: Chimera) -> None:
+    done = chimera("--version")
+    assert (done.code, done.out) == (0, "chimera 0.1.0\n")
+
+
 def test_debug_shows_the_traceback(chimera: Chimera) -> None:
     assert "Traceback" in chimera("--debug", "eval", "--run", "nothing").err
 
