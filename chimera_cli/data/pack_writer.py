@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # Written pixels are sent to the disk in steps, so that no long wait is left for the end.
-_SYNC_BYTES = 1 << 24
+_SYNC_BYTES = 1 << 26
+# Contents matter on the way, their metadata only at the end; not every system tells the two apart.
+_to_disk = getattr(os, "fdatasync", os.fsync)
 _HASHED_ROWS = 4096
 # Less than any share that can be meant: what is left for training is 1 minus two decimal fractions.
 _NO_SHARE = 1e-9
@@ -323,7 +325,7 @@ def _syncing(file: BinaryIO) -> Iterator[Any]:
             if pending is not None:
                 pending.result()
             file.flush()
-            pending, unsynced = pool.submit(os.fsync, file.fileno()), 0
+            pending, unsynced = pool.submit(_to_disk, file.fileno()), 0
 
         yield sync
         if pending is not None:
