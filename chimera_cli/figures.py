@@ -51,6 +51,7 @@ _TABLE = (
     Figure("rsum", "sum of the six recalls", "", "higher"),
     Figure("zero_shot_top1", "zero-shot top-1", "", "higher", "share"),
     Figure("zero_shot_top5", "zero-shot top-5", "", "higher", "share"),
+    Figure("zero_shot_class_recall", "zero-shot mean recall per class", "", "higher", "share"),
 )
 
 FIGURES: Mapping[str, Figure] = MappingProxyType({figure.name: figure for figure in _TABLE})

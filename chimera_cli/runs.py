@@ -21,7 +21,9 @@ SCHEMA_VERSION = 1
 # The key that holds the hash of a file's other content.
 SEAL = "sha256"
 # What a result repeats of its group, so that one put into the folder of another group is noticed.
-MADE_WITH = ("pack", "config_hash", "source_hash", "hardware")
+MADE_WITH = ("pack", "stream", "config_hash", "source_hash", "hardware")
+# What a seed changed by itself while it was trained, one line each.
+EVENTS = "events.jsonl"
 Status = Literal["running", "finished", "failed", "interrupted"]
 
 

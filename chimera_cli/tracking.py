@@ -8,8 +8,9 @@ The thread leaves the talking to a child process of low priority. MLflow's impor
 300 MB, which would count as the training's own in `pairs_per_s` and `ram_peak_gb`; and a child can be stopped.
 
 A group is one MLflow run, its seeds are nested runs. A seed's metrics carry the names of metrics.jsonl; beside them
-`result/<figure>`, `best/<split>/<figure>` (the best checkpoint, evaluated) and `system/<reading>`. Files up to
-`ARTIFACT_LIMIT` go along, so the heads of a locked recipe do and whole towers stay in the run folder.
+`result/<figure>`, `best/<split>/<figure>` (the best checkpoint, evaluated) and `system/<reading>`. Contingency measures
+are counted in `contingency/measures` at their steps, and tags say what was done. Files up to `ARTIFACT_LIMIT` go along,
+so the heads of a locked recipe do and whole towers stay in the run folder.
 """
 
 import contextlib
@@ -43,7 +44,14 @@ _RETRY_S = 60.0  # after a failed one
 _SYSTEM_S = 2.0  # one telemetry reading per this many seconds; the whole series is an artifact
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 # Files that still grow or change while a seed is learning; they are sent once it is over.
-_AT_THE_END = ("metrics.jsonl", "telemetry.jsonl", "checkpoints/best.json", "checkpoints/best.safetensors")
+_AT_THE_END = (
+    "metrics.jsonl",
+    "telemetry.jsonl",
+    runs.EVENTS,
+    "config-begun.yaml",
+    "checkpoints/best.json",
+    "checkpoints/best.safetensors",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +340,7 @@ def _deliver(store: _Store, path: Path, news: _News, memory: _Memory, documents:
         )
         if child is None:
             continue
-        sent = _send_rows(store, directory, child, memory)
+        sent = _send_events(store, directory, child) + _send_rows(store, directory, child, memory)
         if documents:
             over = not (news.live and seed in news.learning)
             sent += _send_documents(store, directory, child, over)
@@ -447,6 +455,28 @@ def _send_rows(store: _Store, directory: Path, ledger: dict[str, Any], memory: _
         _write_ledger(directory, store.key, ledger)
         sent += len(batch)
     return Delivered(metrics=sent)
+
+
+def _send_events(store: _Store, directory: Path, ledger: dict[str, Any]) -> Delivered:
+    """Send the contingency measures that the store has not got; where one took training back, newer steps are sent."""
+    from mlflow.entities import Metric, RunTag
+
+    rows = runs.read_json_lines(directory / runs.EVENTS)
+    known = min(ledger.get("events", 0), len(rows))
+    if known == len(rows):
+        return Delivered()
+    metrics, tags = [], {"chimera.contingency": str(len(rows))}
+    for number, row in enumerate(rows[known:], known + 1):
+        metrics.append(Metric("contingency/measures", number, _milliseconds(row["at"]), int(row["step"])))
+        tags[f"chimera.contingency.{number}"] = f"update {row['step']}: {row['what']}"[:5000]
+        if row.get("back_to") is not None:
+            # What was learned from there on is gone: its steps are made again, and are others.
+            last = int(row["back_to"]) - 1
+            ledger |= {name: min(ledger[name], last) for name in ("step", "evaluated_step")}
+    store.client.log_batch(ledger["run_id"], metrics=metrics, tags=[RunTag(*tag) for tag in tags.items()])
+    ledger["events"] = len(rows)
+    _write_ledger(directory, store.key, ledger)
+    return Delivered(metrics=len(metrics))
 
 
 def _metric_rows(directory: Path, ledger: Mapping[str, Any], memory: _Memory) -> list[_Row]:

@@ -44,3 +44,24 @@ def test_views_that_would_show_nothing_new_are_refused(changes: list[str], words
 def test_only_a_cache_has_views(change: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         load_config(TrainConfig, None, ["augmentation.views=4", "augmentation.crop_scale=0.5", change])
+
+
+def test_a_stream_is_computed_anew_and_may_be_cropped_without_views() -> None:
+    config = load_config(TrainConfig, None, ["stream=shards", "augmentation.crop_scale=0.5", "image.learn_blocks=2"])
+    assert config.augmentation.random_views == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["learn_blocks=2", "locked=false"], "image: learn_blocks needs locked: true"),
+        (["learn_blocks=-1"], "image.learn_blocks: input should be greater than or equal to 0"),
+        (["learn_blocks=null"], "image.learn_blocks: input should be a valid integer"),
+        (["learn_blocks=1", "weights=tiny"], "a tiny tower starts from scratch and can't be locked"),
+    ],
+)
+def test_blocks_learn_in_a_locked_pretrained_tower_alone(changes: list[str], words: str) -> None:
+    assert load_config(TrainConfig, None, ["image.learn_blocks=2"]).image.learn_blocks == 2
+    with pytest.raises(UsageError) as caught:
+        load_config(TrainConfig, None, [f"image.{change}" for change in changes])
+    assert words in caught.value.message

@@ -200,6 +200,35 @@ def test_a_resumed_run_sends_newer_steps_only(home: Path) -> None:
     assert [place for place, _ in history(home, directory, "system/cpu_util")] == [0, 1, 2, 3, 5]
 
 
+def test_contingency_measures_are_counted_tagged_and_what_they_took_back_is_sent_anew(home: Path) -> None:
+    group = new_group(home, (0,))
+    directory = group.seed_dir(0)
+    begin(directory)
+    for number in range(4):
+        step(directory, number, 1.0)
+    row = {"event": "contingency", "at": utc_now(), "measure": "memory", "settings": {"micro_batch": 4}}
+    append_json_line(directory / "events.jsonl", row | {"step": 1, "what": "micro_batch 4", "back_to": None})
+    tracking.sync(home, group)
+    append_json_line(directory / "events.jsonl", row | {"step": 2, "what": "half the rates", "back_to": 2})
+    lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
+    write_text(directory / "metrics.jsonl", "".join(lines[:2]))
+    for number in range(2, 5):
+        step(directory, number, 2.0)
+    finish(directory, 0)
+    tracking.sync(home, group)
+    assert tracking.sync(home, group) == tracking.Delivered()
+    assert history(home, directory, "contingency/measures") == [(1, 1.0), (2, 2.0)]
+    tags = {name: value for name, value in run_of(home, directory).data.tags.items() if "contingency" in name}
+    assert tags == {
+        "chimera.contingency": "2",
+        "chimera.contingency.1": "update 1: micro_batch 4",
+        "chimera.contingency.2": "update 2: half the rates",
+    }
+    again = [(0, 1.0), (1, 1.0), (2, 1.0), (2, 2.0), (3, 1.0), (3, 2.0), (4, 2.0)]
+    assert history(home, directory, "loss") == again
+    assert "events.jsonl" in read_json(directory / "mlflow.json")["stores"]["default"]["files"]
+
+
 def test_a_line_still_being_written_waits_for_its_end(home: Path) -> None:
     group = new_group(home, (0,))
     directory = group.seed_dir(0)

@@ -10,6 +10,8 @@ from rich.text import Text
 
 from chimera_cli.cli.bench_features import features_command
 from chimera_cli.cli.bench_retrieval import retrieval_command
+from chimera_cli.cli.bench_speedrun import speedrun_command
+from chimera_cli.cli.bench_train import train_command
 from chimera_cli.cli.common import Device, Json, emit, live, new_app
 from chimera_cli.figures import format_value
 from chimera_cli.runs import home
@@ -17,6 +19,8 @@ from chimera_cli.runs import home
 app = new_app("Measure preparing, the loader and the encoders, with the physical ceiling beside each.")
 app.command("retrieval")(retrieval_command)
 app.command("features")(features_command)
+app.command("speedrun")(speedrun_command)
+app.command("train")(train_command)
 
 # The loader's law (configs/slo.yaml), drawn beside the readings; `slo check` is what judges.
 _LOADER_LIMITS = {"gpu_util_mean": 0.85, "loader_images_per_s": 300.0}

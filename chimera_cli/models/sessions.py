@@ -8,7 +8,8 @@ usage data from its first import on.
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,6 +50,28 @@ def image_session(tower: ImageTower, sample: Tensor) -> Callable[[Tensor], Tenso
     return run
 
 
+def map_session(tower: ImageTower, sample: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what computes `tower.lower_maps(pixels)`, as `image_session` does features."""
+    lower = _Lower(tower)
+    run = compiled(lower, sample[:1], ("batch",))
+    compare(run(sample), _plainly(lower, sample), "images")
+    return run
+
+
+class _Lower(nn.Module):
+    """The locked blocks of an image tower: pixels (batch, 3, S, S) -> maps (batch, ...)."""
+
+    def __init__(self, tower: ImageTower) -> None:
+        super().__init__()
+        self.tower = tower
+        # The exporter puts all of a module back into the mode that it finds on its outside.
+        self.training = tower.training
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the maps after the last locked block."""
+        return self.tower.lower_maps(pixels)
+
+
 def caption_session(tower: TextTower, samples: Sequence[Tensor]) -> Callable[[Tokens], Tensor]:
     """Return what computes `tower(tokens)`, (batch, width), of captions of one length each batch, in one thread.
 
@@ -79,7 +102,7 @@ class _Unpadded(nn.Module):
         super().__init__()
         self.tower = tower
         self.encode = encode
-        # The exporter puts all of a module back into the mode that it finds on its outside.
+        # As in `_Lower`.
         self.training = tower.training
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -132,25 +155,59 @@ def _export(module: nn.Module, example: Tensor, axes: Sequence[str], varying_out
 
 def compare(ours: Tensor, theirs: Tensor, what: str, name: str = "onnxruntime") -> None:
     """Raise SessionError where a vector of `ours` (n, width) is not that of `theirs` to within the tolerance."""
+    if ours.shape != theirs.shape:
+        raise SessionError(f"{name} makes {tuple(ours.shape)} of some {what}, not {tuple(theirs.shape)}")
     distance = (ours - theirs).flatten(1).norm(dim=1) / theirs.flatten(1).norm(dim=1).clamp(min=1e-12)
     # Written so that a distance which is not a number is none that fits.
     if not bool((distance <= TOLERANCE).all()):
         raise SessionError(f"{name} is off by {distance.max():.1e} on some {what}, {TOLERANCE:.0e} is allowed")
 
 
-def compare_parts(tower: TextTower, samples: Sequence[Tensor], device: torch.device) -> None:
+def compare_text_parts(tower: TextTower, samples: Sequence[Tensor], device: torch.device) -> None:
     """Raise SessionError where the locked layers and then those that learn don't make what the whole tower makes.
 
-    `samples` are the `input_ids` of a few captions, (tokens,) each; the tower is in evaluation mode.
+    `samples` are the `input_ids` of a few captions, (tokens,) each.
     """
-    for row in (ids.unsqueeze(0).to(device) for ids in samples):
-        tokens = {"input_ids": row, "attention_mask": torch.ones_like(row)}
-        try:
-            with torch.inference_mode():
-                parts = tower({"states": tower.lower_states(tokens), "attention_mask": tokens["attention_mask"]})
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-            raise SessionError(f"this text tower can't be computed in two parts ({_first_line(error)})") from error
-        compare(parts, _plainly(tower, tokens), "captions", "the text tower in two parts")
+
+    def parts(tokens: dict[str, Tensor]) -> Tensor:
+        features: Tensor = tower(tokens | {"states": tower.lower_states(tokens)})
+        return features
+
+    with _evaluated(tower):
+        for row in (ids.unsqueeze(0).to(device) for ids in samples):
+            tokens = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+            ours = _in_two(parts, tokens, "text tower")
+            compare(ours, _plainly(tower, tokens), "captions", "the text tower in two parts")
+
+
+def compare_image_parts(tower: ImageTower, sample: Tensor) -> None:
+    """Raise SessionError where the locked blocks and then those that learn don't make what the whole tower makes.
+
+    `sample` are a few normalised pixels (batch, 3, S, S).
+    """
+    with _evaluated(tower):
+        ours = _in_two(lambda pixels: tower(tower.lower_maps(pixels)), sample, "image tower")
+        compare(ours, _plainly(tower, sample), "images", "the image tower in two parts")
+
+
+def _in_two(compute: Callable[[Any], Tensor], inputs: Any, tower: str) -> Tensor:
+    try:
+        with torch.inference_mode():
+            return compute(inputs)
+    except (AssertionError, AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        # Whatever a tower of another make stumbles over: it can still be computed whole.
+        raise SessionError(f"this {tower} can't be computed in two parts ({_first_line(error)})") from error
+
+
+@contextmanager
+def _evaluated(tower: nn.Module) -> Iterator[None]:
+    """Let a tower be without dropout for a while."""
+    was_training = tower.training
+    tower.eval()
+    try:
+        yield
+    finally:
+        tower.train(was_training)
 
 
 def _plainly(module: nn.Module, inputs: Any) -> Tensor:

@@ -1,6 +1,5 @@
 """Text towers from transformers: captions to tokens to mean-pooled sentence features."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel
 from transformers.utils.logging import disable_progress_bar
 
+from chimera_cli.models.parts import exchanged
 from chimera_cli.models.tokens import Tokens, TokenTable
 from chimera_cli.models.weights import (
     DEFAULT_TEXT,
@@ -97,12 +97,9 @@ class TextTower(nn.Module):
 
     def _part(self, layers: slice, embeddings: nn.Module | None) -> nn.Module:
         """Return the encoder with some of its layers alone, maybe with other embeddings; the weights are the same."""
-        part, name = _shallow(self.encoder), self._stack()
-        stack: Any = _shallow(getattr(part, name))
-        own = "layer" if hasattr(stack, "layer") else "layers"
-        stack._modules[own] = nn.ModuleList(list(self.layers())[layers])
-        part._modules[name] = stack
-        part._modules["embeddings"] = embeddings or part.get_submodule("embeddings")
+        own = self.encoder.get_submodule("embeddings")
+        chosen = nn.ModuleList(list(self.layers())[layers])
+        part: nn.Module = exchanged(self.encoder, {self.layers(): chosen, own: embeddings or own})
         return part
 
     def train(self, mode: bool = True) -> "TextTower":
@@ -140,13 +137,6 @@ class _Given(nn.Module):
     def forward(self, inputs_embeds: Tensor, **_others: Any) -> Tensor:
         """Return what is given."""
         return inputs_embeds
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    """Return a copy that holds the same modules and weights but can be given others."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
 
 
 def _mean(states: Tensor, mask: Tensor) -> Tensor:

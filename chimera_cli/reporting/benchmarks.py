@@ -6,6 +6,7 @@ from typing import Any
 from chimera_cli.figures import format_seconds, format_value
 from chimera_cli.reporting.document import Block, Mono, Paragraph, Section, Text, table
 from chimera_cli.reporting.facts import Evidence, Facts
+from chimera_cli.reporting.training_benchmarks import training_benchmarks
 from chimera_cli.reporting.words import DASH, format_ms, gib, spread, times, unmeasured
 
 _COMPONENTS = ("component", "batch", "latency p50", "latency p95", "throughput", "peak VRAM", "of the machine's limit")
@@ -21,6 +22,7 @@ def benchmarks_section(facts: Facts) -> Section:
         Paragraph("Tasks: mean ± sample standard deviation over n seeds."),
         table(("task", "wall clock", "remark"), _task_rows(facts), right=(1,)),
         *_seeds(facts),
+        *training_benchmarks(facts),
     ]
     return Section("benchmarks", "Benchmarks", tuple(blocks))
 

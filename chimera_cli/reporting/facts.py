@@ -10,6 +10,7 @@ from chimera_cli.figures import RETRIEVAL
 from chimera_cli.reporting import reading
 from chimera_cli.reporting.reading import mapping_of
 from chimera_cli.runs import Group
+from chimera_cli.slo.baseline import baseline_path, read_baseline
 from chimera_cli.slo.evidence import pack_of
 from chimera_cli.statistics import Summary, summarise_known
 
@@ -31,6 +32,7 @@ class Evaluation:
     """One split of one pack: the evaluation file of each seed that has one, and the figures over those seeds.
 
     `mixed` says why there are none over the seeds: they were evaluated on different things. Empty where they were not.
+    `baseline` is the file of the closed-form baseline on the same pack and split, if there is one.
     """
 
     pack: str
@@ -38,6 +40,7 @@ class Evaluation:
     by_seed: Mapping[int, Mapping[str, Any]]
     figures: Mapping[str, Summary | None]
     mixed: str = ""
+    baseline: Mapping[str, Any] | None = None
 
     @property
     def first(self) -> Mapping[str, Any]:
@@ -110,6 +113,7 @@ def collect(
     documents, problems = _documents(paths)
     results = {seed: found for seed, path in paths.items() if (found := documents.get(path / "result.json"))}
     evaluations, misplaced = _evaluations(paths, documents)
+    evaluations, unfit = _with_baselines(group, evaluations)
     environment, config, unread = _made_in(paths)
     others = runs.list_groups(home) if groups is None else groups
     benchmarks = {name: _newest(others, group, kind) for name, kind in _BENCHMARKS.items()}
@@ -122,7 +126,7 @@ def collect(
         environment=environment,
         config=config,
         activations=_activations(others, group),
-        seal_problems=_by_problem({**_of_groups(group, benchmarks), **problems, **misplaced, **unread}),
+        seal_problems=_by_problem({**_of_groups(group, benchmarks), **problems, **misplaced, **unfit, **unread}),
         **benchmarks,
     )
 
@@ -291,6 +295,19 @@ def _evaluation(pack: str, split: str, by_seed: Mapping[int, Mapping[str, Any]])
     zero_shot = [(one.get("zero_shot") or {}).get("figures") or {} for one in by_seed.values()]
     figures = _over_seeds([one["figures"] for one in by_seed.values()], RETRIEVAL)
     return Evaluation(pack, split, by_seed, figures | _over_seeds(zero_shot, ZERO_SHOT))
+
+
+def _with_baselines(group: Group, evaluations: Sequence[Evaluation]) -> tuple[tuple[Evaluation, ...], dict[str, str]]:
+    """Return the evaluations with the baselines that the group has of them, and by name why a file is none."""
+    found: list[Evaluation] = []
+    problems: dict[str, str] = {}
+    for one in evaluations:
+        document, problem = read_baseline(group, one.first["pack"], one.split)
+        path = baseline_path(group, one.pack, one.split)
+        if problem:
+            problems["/".join((group.name, *path.parts[-3:]))] = problem
+        found.append(replace(one, baseline=None if document is None else reading.tidy(document)))
+    return tuple(found), problems
 
 
 # What seeds must share before a mean over them is the figure of anything.

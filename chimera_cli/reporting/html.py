@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chimera_cli.reporting.document import (
     Code,
@@ -21,6 +22,9 @@ from chimera_cli.reporting.facts import Facts
 from chimera_cli.reporting.plots import Plot
 from chimera_cli.reporting.verdicts import WORDS, Verdicts, tally
 from chimera_cli.reporting.words import DASH, spread, without_n
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _TILE = 9  # characters; three of them and their gaps fit on a phone
 _TIED = re.compile(r"(?<=\d) (?=(?:%|GiB|ms|s|h|min|px|×)(?!\w))|(?<=[≥≤]) (?=[-\d])")
@@ -40,14 +44,13 @@ def render(document: Document, plots: Sequence[Plot], headlines: Sequence[Headli
 
     All text is escaped by the template; the plots are this program's own SVG.
     """
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    template = template_of("page.html")
     kinds = {"paragraph": Paragraph, "table": Table, "code": Code, "mono": Mono, "strong": Strong}
     return template.render(
         document=document,
+        style=style(),
         title=f"{document.title}: {run}" if run else document.title,
         plots={section.key: [plot for plot in plots if plot.section == section.key] for section in document.sections},
         headlines=headlines,
@@ -62,6 +65,19 @@ def render(document: Document, plots: Sequence[Plot], headlines: Sequence[Headli
         row_class=_row_class,
         kind=lambda value: next((name for name, kind in kinds.items() if isinstance(value, kind)), "text"),
     )
+
+
+def template_of(name: str) -> "Template":
+    """Return one of the templates beside this file; what it is given is escaped."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+def style() -> str:
+    """Return the style sheet that all pages share."""
+    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def headlines(facts: Facts, verdicts: Verdicts) -> list[Headline]:

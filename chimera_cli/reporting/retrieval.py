@@ -7,6 +7,8 @@ from chimera_cli.figures import FIGURES, RECALLS, RETRIEVAL, format_value
 from chimera_cli.reporting.document import Block, Mono, Paragraph, Section, Strong, Text, table
 from chimera_cli.reporting.facts import ZERO_SHOT, Evaluation, Facts
 from chimera_cli.reporting.words import plural, spread
+from chimera_cli.reporting.zero_shot import zero_shot_blocks
+from chimera_cli.slo.baseline import METHODS, baseline_words
 from chimera_cli.slo.ladder import LADDER, PACK_SOURCE, comparable
 
 
@@ -14,11 +16,11 @@ def retrieval_section(facts: Facts) -> Section:
     """Return the figures of every evaluated split by seed, with intervals, spread and chance."""
     if not facts.evaluations:
         missing: Text = ("Not evaluated: run ", Mono(f"chimera eval --run {facts.group.name}"), ".")
-        return Section("retrieval", "Retrieval", (Paragraph(missing),))
+        return Section("retrieval", "Retrieval", (Paragraph(missing), *zero_shot_blocks(facts.group, facts.seeds)))
     blocks: list[Block] = []
     for evaluation in facts.evaluations:
         blocks += [*_evaluation(facts, evaluation), *_zero_shot(evaluation)]
-    return Section("retrieval", "Retrieval", tuple(blocks))
+    return Section("retrieval", "Retrieval", (*blocks, *zero_shot_blocks(facts.group, facts.seeds)))
 
 
 def _evaluation(facts: Facts, evaluation: Evaluation) -> Iterator[Block]:
@@ -26,16 +28,32 @@ def _evaluation(facts: Facts, evaluation: Evaluation) -> Iterator[Block]:
     counts = f": {plural(first['images'], 'image')}, {plural(first['captions'], 'caption')}. "
     counts = f": {evaluation.mixed}. " if evaluation.mixed else counts
     yield Paragraph((Strong(f"{evaluation.pack}, {evaluation.split}"), counts, caveat(facts, evaluation)))
-    columns = ("figure", *(f"seed {seed}" for seed in evaluation.by_seed), "mean ± std (n)", "chance")
+    baseline = evaluation.baseline
+    beside = () if baseline is None else (f"{METHODS[baseline['baseline']]} baseline",)
+    columns = ("figure", *(f"seed {seed}" for seed in evaluation.by_seed), "mean ± std (n)", *beside, "chance")
     rows = []
     for name in RETRIEVAL:
         cells = [_with_interval(name, one) for one in evaluation.by_seed.values()]
+        against = () if baseline is None else (_with_interval(name, baseline),)
         chance = format_value(name, (first.get("chance") or {}).get(name))
-        rows.append((FIGURES[name].label, *cells, spread(name, evaluation.figures.get(name)), chance))
+        rows.append((FIGURES[name].label, *cells, spread(name, evaluation.figures.get(name)), *against, chance))
     yield table(columns, rows, right=range(1, len(columns)))
+    if baseline is not None:
+        yield Paragraph(_against(evaluation, baseline))
     resamples = (first.get("bootstrap") or {}).get("resamples")
     if resamples:
         yield Paragraph(f"In brackets the 95 % bootstrap interval over query images ({resamples} resamples).")
+
+
+def _against(evaluation: Evaluation, baseline: Mapping[str, Any]) -> str:
+    """Return what the baseline is, and how the mean over the seeds stands to it."""
+    means = {name: summary.mean if (summary := evaluation.figures.get(name)) else None for name in RECALLS}
+    words = baseline_words(means, baseline.get("figures") or {}, baseline["baseline"])
+    what = (
+        "The baseline is regularised canonical correlation analysis in closed form on the frozen features, learned "
+        "from the train split and tuned on dev."
+    )
+    return what if evaluation.mixed else f"{what} The run is {words}."
 
 
 def caveat(facts: Facts, evaluation: Evaluation) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from chimera_cli.figures import format_value
+from chimera_cli.reporting.contingency import measures
 from chimera_cli.reporting.document import Block, Mono, Paragraph, Section, Span, Strong, Text, table
 from chimera_cli.reporting.facts import Facts
 from chimera_cli.reporting.reading import number_of, results
@@ -117,6 +118,8 @@ def _evidence(objective: Mapping[str, Any]) -> Text:
         parts += [*(["; "] if parts else []), reason]
     if objective["measure"]:
         parts += ["; run " if parts else "run ", Mono(objective["measure"])]
+    if objective.get("baseline"):
+        parts += [*(["; "] if parts else []), objective["baseline"]["words"]]
     return tuple(parts)
 
 
@@ -136,7 +139,7 @@ def slo_section(facts: Facts, verdicts: Verdicts) -> Section:
     remarks = tuple(Paragraph(sentence(remark), quoted=True) for remark in verdicts.remarks)
     columns = ("objective", "law", "measured", "95 % interval", "verdict", "evidence")
     waivers = tuple(Paragraph(sentence(f"waiver: {waiver}")) for waiver in verdicts.waivers)
-    blocks = (*remarks, table(columns, rows), *waivers, *_contingency(facts))
+    blocks = (*remarks, table(columns, rows), *waivers, *_contingency(facts), *measures(facts))
     return Section("slo", "Service level objectives", blocks)
 
 

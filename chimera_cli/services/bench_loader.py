@@ -235,7 +235,7 @@ def _real_step(config: "TrainConfig | None", pack: "Pack", device: "torch.device
     if config is None:
         listener(Note("GPU utilisation counts under a real training step: add --config", "warning"))
         return None
-    from chimera_cli.services.train import make_training_step
+    from chimera_cli.services.training_step import make_training_step
 
     return make_training_step(config, pack, device)
 

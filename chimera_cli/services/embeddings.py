@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 # Captions by which another way of computing is compared with the tower before it is used.
 _SAMPLES = 8
+# Images, likewise; their pixels are read at each evaluation.
+_IMAGE_SAMPLES = 4
+# Images whose maps are encoded at a time.
+_MAPS = 64
 # What this process has said of computing features, and the weights that it could make no session of.
 _said: set[str] = set()
 _unfit: set[str] = set()
@@ -63,7 +67,10 @@ def embed_texts(
 def embed_images(
     model: "DualEncoder", pack: "Pack", split: str, device: "torch.device", listener: Listener
 ) -> "NDArray[np.float32]":
-    """Return image_features (images, dim) of a split; views of a model that averages them are averaged."""
+    """Return image_features (images, dim) of a split; views of a model that averages them are averaged.
+
+    As far as the tower is locked, what it makes comes from the cache.
+    """
     import torch
 
     from chimera_cli.training.features import Views, image_features
@@ -72,6 +79,8 @@ def embed_images(
         pooled = pooled_image_features(model, pack, split, device, listener).values
         with torch.inference_mode():
             return project_views(model, torch.from_numpy(pooled).to(device)).float().cpu().numpy()
+    if (maps := image_maps(model, pack, split, device, listener)) is not None:
+        return _embed_maps(model, maps.values, device)
     values = image_features(
         model.encode_image,
         model.image_tower,
@@ -84,6 +93,28 @@ def embed_images(
         stage=f"{split} images",
     )
     return mean_direction(torch.from_numpy(values)).numpy()
+
+
+def _embed_maps(model: "DualEncoder", maps: "NDArray[Any]", device: "torch.device") -> "NDArray[np.float32]":
+    """Return image_features (images, dim) of maps (images, views, ...)."""
+    import numpy as np
+    import torch
+
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(maps), _MAPS):
+            some = torch.from_numpy(maps[start : start + _MAPS])
+            features = model.encode_image(maps_to(some.flatten(0, 1), device)).float()
+            parts.append(mean_direction(features.view(*some.shape[:2], -1)).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def maps_to(maps: "Tensor", device: "torch.device") -> "Tensor":
+    """Return cached maps (batch, ...) as a tower takes them: on its device, in float32, channels last."""
+    import torch
+
+    floats = maps.to(device, non_blocking=True).float()
+    return floats.contiguous(memory_format=torch.channels_last) if floats.ndim == 4 else floats
 
 
 def embed_captions(
@@ -139,35 +170,106 @@ def pooled_image_features(
 
     The views are the image itself, its mirror image where the model averages both, and then those of `crops`.
     """
-    import torch
-
-    from chimera_cli.models.image_tower import image_weights_hash
     from chimera_cli.models.sessions import image_session
-    from chimera_cli.training.features import image_features, preprocess
 
-    shape, tower, indices = model.architecture, model.image_tower.eval(), pack.split_indices(split)
-    key = _key(pack, split, shape.image_weights, image_weights_hash(shape.image_weights), device)
-    key |= {"image_size": shape.image_size, "flipped_view": shape.flipped_view}
-    key |= {} if crops is None else {"crops": asdict(crops)}
+    tower = model.image_tower.eval()
+    images = _Images(model, pack, split, device, listener, crops)
+    return images.cached("images", tower, partial(image_session, tower), {})
 
-    def session() -> "Callable[[Tensor], Tensor]":
-        return image_session(tower, preprocess(torch.from_numpy(pack.images[indices[:4]]), tower, shape.image_size))
 
-    def compute(encode: "Callable[[Any], Tensor]", allocate: "Allocate") -> object:
-        return image_features(
-            encode,
-            tower,
-            pack.images,
-            indices,
-            image_size=shape.image_size,
-            device=device,
-            views=_views(model, pack, split, crops),
-            allocate=allocate,
-            listener=listener,
-            stage=f"{split} image features",
-        )
+def image_maps(
+    model: "DualEncoder",
+    pack: "Pack",
+    split: str,
+    device: "torch.device",
+    listener: Listener,
+    crops: "Crops | None" = None,
+) -> "CachedFeatures | None":
+    """Return the maps (images, views, ...) of a split after the locked blocks of the image tower, made if need be.
 
-    return _cached(pack, f"{split}-images", key, session, tower, compute, device, listener)
+    The views are those of pooled features; in half precision, where its range is wide enough. None where no block is
+    locked or all are, and for a tower that can't be computed in two parts.
+    """
+    from chimera_cli.models.sessions import SessionError, compare_image_parts, map_session
+
+    tower = model.image_tower
+    if tower.locked_blocks is None:
+        return None
+    images = _Images(model, pack, split, device, listener, crops)
+    try:
+        compare_image_parts(tower, images.samples().to(device))
+    except SessionError as error:
+        _say_once(listener, f"{error}: nothing of the image tower is cached")
+        return None
+    compute = partial(images.cached, "maps", tower.lower_maps, partial(map_session, tower))
+    tried, key = f"{split}-maps of {model.architecture.image_weights} in half", {"blocks": tower.locked_blocks}
+    if tried not in _unfit:
+        try:
+            return compute(key, half=True)
+        except OverflowError as error:
+            _unfit.add(tried)
+            _say_once(listener, f"{error}: float32 is cached, which takes twice the disk")
+    return compute(key | {"dtype": "float32"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Images:
+    """The images of a split, of which something is to be cached."""
+
+    model: "DualEncoder"
+    pack: "Pack"
+    split: str
+    device: "torch.device"
+    listener: Listener
+    crops: "Crops | None"
+
+    def samples(self) -> "Tensor":
+        """Return the first images as the tower takes them, (4, 3, S, S) at most."""
+        import torch
+
+        from chimera_cli.training.features import preprocess
+
+        some = self.pack.images[self.pack.split_indices(self.split)[:_IMAGE_SAMPLES]]
+        return preprocess(torch.from_numpy(some), self.model.image_tower, self.model.architecture.image_size)
+
+    def cached(
+        self,
+        what: str,
+        tower: "Callable[[Tensor], Tensor]",
+        session: "Callable[[Tensor], Callable[[Tensor], Tensor]]",
+        more: dict[str, Any],
+        half: bool = False,
+    ) -> "CachedFeatures":
+        """Return what `tower`, or the `session` of some samples, makes of the views; `more` is of its key."""
+        import numpy as np
+
+        from chimera_cli.models.image_tower import image_weights_hash
+        from chimera_cli.training.features import image_features
+
+        shape, pack, split = self.model.architecture, self.pack, self.split
+        key = _key(pack, split, shape.image_weights, image_weights_hash(shape.image_weights), self.device)
+        key |= {"image_size": shape.image_size, "flipped_view": shape.flipped_view} | more
+        key |= {} if self.crops is None else {"crops": asdict(self.crops)}
+
+        def compute(encode: "Callable[[Any], Tensor]", allocate: "Allocate") -> object:
+            return image_features(
+                encode,
+                self.model.image_tower,
+                pack.images,
+                pack.split_indices(split),
+                image_size=shape.image_size,
+                device=self.device,
+                views=_views(self.model, pack, split, self.crops),
+                allocate=allocate,
+                dtype=np.float16 if half else np.float32,
+                listener=self.listener,
+                stage=f"{split} image {'maps' if what == 'maps' else 'features'}",
+            )
+
+        def made() -> "Callable[[Tensor], Tensor]":
+            return session(self.samples())
+
+        return _cached(pack, f"{split}-{what}", key, made, tower, compute, self.device, self.listener)
 
 
 def _views(model: "DualEncoder", pack: "Pack", split: str, crops: "Crops | None") -> "Views":
@@ -232,7 +334,7 @@ def caption_states(
 
     None where no layer is locked, where none learns, and for an encoder that can't be computed in two parts.
     """
-    from chimera_cli.models.sessions import SessionError, compare_parts, state_session
+    from chimera_cli.models.sessions import SessionError, compare_text_parts, state_session
     from chimera_cli.models.text_tower import text_weights_hash
     from chimera_cli.models.tokens import StateTable
     from chimera_cli.training import features
@@ -241,15 +343,6 @@ def caption_states(
     if not shape.learn_layers:
         return None
     table = tower.token_table(pack.captions(split).texts, shape.max_tokens)
-    was_training = tower.training
-    tower.eval()
-    try:
-        compare_parts(tower, table.samples(_SAMPLES), device)
-    except SessionError as error:
-        _say_once(listener, f"{error}: nothing of the text tower is cached")
-        return None
-    finally:
-        tower.train(was_training)
     key = _key(pack, split, shape.text_weights, text_weights_hash(shape.text_weights), device)
     key |= {"max_tokens": shape.max_tokens, "layers": tower.locked_layers}
 
@@ -258,7 +351,12 @@ def caption_states(
         return features.caption_states(encode, table, device=device, allocate=allocate, listener=listener, stage=stage)
 
     session = partial(state_session, tower, table.samples(_SAMPLES))
-    known = _cached(pack, f"{split}-states", key, session, tower.lower_states, compute, device, listener)
+    try:
+        compare_text_parts(tower, table.samples(_SAMPLES), device)
+        known = _cached(pack, f"{split}-states", key, session, tower.lower_states, compute, device, listener)
+    except (SessionError, OverflowError) as error:
+        _say_once(listener, f"{error}: nothing of the text tower is cached")
+        return None
     return StateTable(table, known.values), known.seconds
 
 

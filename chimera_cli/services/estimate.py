@@ -1,5 +1,7 @@
 """`chimera train full --dry-run`: what a recipe will take, before anything is trained or written."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ GIB = 2**30
 # What the allocator loses to blocks that don't fit, and convolutions to work space.
 _MARGIN = 1.15
 _FLOAT = 4  # bytes; half precision halves activations alone
+_HALF = 2  # bytes, of which cached maps and hidden states are
 
 
 def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) -> dict[str, Any]:
@@ -28,8 +31,8 @@ def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) 
     """
     import torch
 
+    from chimera_cli.services.learning import epoch_updates, fresh_architecture
     from chimera_cli.services.session import need_pack
-    from chimera_cli.services.train import epoch_updates, fresh_architecture
     from chimera_cli.training.footprint import measure_activations
 
     pack = need_pack(home, config.data, listener)
@@ -37,10 +40,11 @@ def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) 
     model = _shape(architecture, config.checkpointing)
     plain = _shape(architecture, False) if config.checkpointing else None
     pairs = min(config.micro_batch or config.batch, config.batch)
-    found = measure_activations(model, lambda count: _pairs(model, count), plain)
+    maps = None if config.stream else _map_shape(model)
+    found = measure_activations(model, lambda count: _pairs(model, count, maps, config.stream is None), plain)
     half = 0.5 if config.precision in ("float16", "bfloat16") else 1.0
     activations = half * found.peak_bytes(pairs, config.checkpointing)
-    features = _features_bytes(model, pack, config)
+    features, cached = _cache_bytes(model, pack, config, maps)
     total = sum(part.numel() for part in model.parameters()) * _FLOAT
     learning = sum(part.numel() for part in model.parameters() if part.requires_grad) * _FLOAT
     parts: dict[str, float] = {
@@ -49,13 +53,13 @@ def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) 
         "optimiser_gb": 2 * learning + (learning if config.ema else 0),
         "activations_gb": activations,
         # The batch that is trained on and the one that is made meanwhile.
-        "inputs_gb": 2 * config.batch * _input_bytes(model, architecture),
+        "inputs_gb": 2 * config.batch * _input_bytes(_pairs(model, 1, maps, config.stream is None)),
         "loss_gb": _FLOAT * (8 * config.batch * architecture.dim + 4 * min(config.batch, 4096) ** 2),
         "features_gb": features,
     }
     figures: dict[str, float | None] = {name: value / GIB for name, value in parts.items()}
     figures["vram_estimate_gb"] = _MARGIN * sum(parts.values()) / GIB
-    figures["features_cache_gb"] = features / GIB
+    figures["features_cache_gb"] = cached / GIB
     figures["ram_estimate_gb"] = _ram_bytes(config, parts, torch.cuda.is_available()) / GIB
     figures["updates"] = config.epochs * epoch_updates(pack, config.batch)
     figures["wall_s"] = _measured(home, config)
@@ -74,38 +78,76 @@ def _shape(architecture: "Architecture", checkpointing: bool) -> "DualEncoder":
     return model.train()
 
 
-def _pairs(model: "DualEncoder", count: int) -> "PairBatch":
-    """Return so many pairs as the towers take them: captions of the full length, the dearest there are."""
+def _map_shape(model: "DualEncoder") -> tuple[int, ...] | None:
+    """Return the shape of what the locked blocks of the image tower make of an image; None where it is not cached."""
+    import torch
+
+    from chimera_cli.models.sessions import SessionError, compare_image_parts
+
+    tower, side = model.image_tower, model.architecture.image_size
+    if tower.locked_blocks is None:
+        return None
+    pixels = torch.zeros(1, 3, side, side)
+    try:
+        compare_image_parts(tower, pixels)
+    except SessionError:
+        return None
+    with torch.inference_mode():
+        return tuple(tower.lower_maps(pixels).shape[1:])
+
+
+def _pairs(model: "DualEncoder", count: int, maps: tuple[int, ...] | None, cached: bool) -> "PairBatch":
+    """Return so many pairs as the towers take them: captions of the full length, the dearest there are.
+
+    Images are `maps` of that shape where it is known, and `cached` says that captions are states where some layers are
+    locked.
+    """
     import torch
 
     from chimera_cli.training.batches import PairBatch
 
-    shape = model.architecture
-    ids = torch.arange(count)
+    shape, ids = model.architecture, torch.arange(count)
     image = torch.zeros(count, model.image_tower.width)
     if not shape.image_locked:
-        image = torch.zeros(count, 3, shape.image_size, shape.image_size).contiguous(memory_format=torch.channels_last)
+        image = torch.zeros(count, *(maps or (3, shape.image_size, shape.image_size)))
+        image = image.contiguous(memory_format=torch.channels_last) if image.ndim == 4 else image
     if shape.learn_layers == 0:
         return PairBatch(0, image, torch.zeros(count, model.text_tower.width), ids)
     tokens = torch.ones(count, shape.max_tokens, dtype=torch.int64)
+    if shape.learn_layers and cached:
+        states = torch.zeros(count, shape.max_tokens, model.text_tower.width)
+        return PairBatch(0, image, {"states": states, "attention_mask": tokens}, ids)
     return PairBatch(0, image, {"input_ids": tokens, "attention_mask": tokens}, ids)
 
 
-def _input_bytes(model: "DualEncoder", shape: "Architecture") -> int:
-    pixels = model.image_tower.width if shape.image_locked else 3 * shape.image_size**2
-    tokens = model.text_tower.width if shape.learn_layers == 0 else 4 * shape.max_tokens
-    return _FLOAT * (pixels + tokens)
+def _input_bytes(batch: "PairBatch") -> int:
+    """Return the bytes of what the towers are given."""
+    text = batch.text
+    captions = text.values() if isinstance(text, Mapping) else [text]
+    return batch.image.nbytes + sum(part.nbytes for part in captions)
 
 
-def _features_bytes(model: "DualEncoder", pack: "Pack", config: TrainConfig) -> int:
-    """Return the bytes of the cached features of locked towers, train and dev."""
-    splits = [pack.manifest["splits"][name] for name in ("train", "dev")]
-    shape, numbers = model.architecture, 0
-    if shape.image_locked:
-        numbers += sum(split["images"] for split in splits) * (2 if shape.flipped_view else 1) * model.image_tower.width
-    if shape.learn_layers == 0:
-        numbers += sum(split["captions"] for split in splits) * model.text_tower.width
-    return _FLOAT * numbers if config.stream is None else 0
+def _cache_bytes(
+    model: "DualEncoder", pack: "Pack", config: TrainConfig, maps: tuple[int, ...] | None
+) -> tuple[int, int]:
+    """Return the bytes of what is cached of train and dev: those that stay on the device, and all, on the disk.
+
+    Features of whole towers stay on the device; maps and hidden states are read from the disk batch by batch. A stream
+    caches nothing of train.
+    """
+    shape, features, lower = model.architecture, 0, 0
+    plain = 2 if shape.flipped_view else 1
+    for split, views in (("train", max(plain, config.augmentation.views)), ("dev", plain)):
+        if split == "train" and config.stream is not None:
+            continue
+        images, captions = (pack.manifest["splits"][split][name] for name in ("images", "captions"))
+        features += images * views * model.image_tower.width if shape.image_locked else 0
+        features += captions * model.text_tower.width if shape.learn_layers == 0 else 0
+        lower += images * views * math.prod(maps) if maps else 0
+        if shape.learn_layers:
+            table = model.text_tower.token_table(pack.captions(split).texts, shape.max_tokens)
+            lower += len(table.ids) * model.text_tower.width
+    return _FLOAT * features, _FLOAT * features + _HALF * lower
 
 
 def _ram_bytes(config: TrainConfig, parts: dict[str, float], has_gpu: bool) -> float:

@@ -5,21 +5,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chimera_cli.errors import ChimeraError, UsageError
-from chimera_cli.events import Evaluated, Listener, Note, Saved, ignore
+from chimera_cli.events import Evaluated, Listener, Saved, ignore
 from chimera_cli.figures import RETRIEVAL
 from chimera_cli.runs import (
     MADE_WITH,
     SCHEMA_VERSION,
     Group,
-    count_test_look,
     looks_at_test,
     read_json,
-    resolve_run,
     seal_problem,
     source_hash,
     utc_now,
     write_sealed_json,
 )
+from chimera_cli.services.eval_subject import Subject, captions_of, count_look, open_subject
+from chimera_cli.slo.baseline import read_baseline
 from chimera_cli.statistics import Summary, summarise_known
 
 if TYPE_CHECKING:
@@ -50,30 +50,19 @@ def evaluate_group(
     counted in the group. Raises UsageError for a run, pack, split or column that is not there, ChimeraError for a seed
     that is not finished, a checkpoint that can't be read or embeddings that are not finite.
     """
-    from chimera_cli.data.pack import SPLITS, open_pack, split_name
-    from chimera_cli.runtime import pick_device
-
-    group, seed = resolve_run(home, run)
-    if group.kind != "train":
-        raise UsageError(f"{group.name} is a {group.kind} run", "`chimera eval` takes a train run")
-    seeds = group.seeds if seed is None else (seed,)
-    _need_finished(group, seeds)
-    name = split_name(split)
-    if name not in SPLITS:
-        raise UsageError(f"the split {name!r} can't be evaluated", f"the splits are {', '.join(SPLITS)}")
-    pack = open_pack(home / "data", data or _trained_on(group))
-    table = _captions_of(pack, name)
+    subject = open_subject(home, run, split, data, device)
+    group, pack, name = subject.group, subject.pack, subject.split
+    table = captions_of(pack, name)
     labels = None if zero_shot is None else _labels(pack, name, zero_shot)
-    chosen = pick_device(device)
-    looks = _count_look(group, name, listener)
+    looks = count_look(group, name, listener)
     # Once, and before the work: what is loaded does not change where somebody edits the files meanwhile.
     source = source_hash()
     documents = []
-    for one in seeds:
+    for one in subject.seeds:
         document, ranks = _evaluate_seed(
-            group.seed_dir(one), one, pack, name, table, labels, chosen, resamples, listener
+            group.seed_dir(one), one, pack, name, table, labels, subject.device, resamples, listener
         )
-        document |= {"source_hash": source} | _origin(group, one)
+        document |= {"source_hash": source} | origin(group, one)
         document = _store(group.seed_dir(one) / "evaluations", f"{pack.name}-{name}", document, ranks)
         listener(Evaluated(int(document["checkpoint_step"] or 0), name, document["figures"]))
         documents.append(document)
@@ -82,19 +71,25 @@ def evaluate_group(
     return _result(group, pack, name, documents, looks)
 
 
-def _need_finished(group: Group, seeds: Sequence[int]) -> None:
-    """Refuse seeds that are still at work or never came to their end: their best checkpoint may yet change."""
-    if group.status == "finished":
-        return
-    for seed in seeds:
-        result = group.seed_dir(seed) / "result.json"
-        if not result.exists() or read_json(result).get("status") != "finished":
-            wait = "wait until it has finished; `chimera runs list` shows whether it is still alive"
-            hint = wait if group.status == "running" else "train it again"
-            raise ChimeraError(f"seed {seed} of {group.name} is not finished: the run is {group.status}", hint)
+def stored_evaluation(subject: Subject, resamples: int) -> dict[str, Any] | None:
+    """Return what `evaluate_group` returned, from the files that it wrote; None where one of them no longer holds.
+
+    They hold while nobody edited them and checkpoint and content of the pack are the same.
+    """
+    pack = subject.pack
+    documents = []
+    for seed in subject.seeds:
+        path = _path(subject.group.seed_dir(seed), pack, subject.split)
+        document = read_json(path) if path.is_file() else {}
+        facts = origin(subject.group, seed) | {"pack": {"name": pack.name, "fingerprint": pack.fingerprint}}
+        same = all(document.get(key) == fact for key, fact in facts.items())
+        if not same or seal_problem(document) or document["bootstrap"]["resamples"] != resamples:
+            return None
+        documents.append(document)
+    return _result(subject.group, pack, subject.split, documents, looks_at_test(subject.group.facts))
 
 
-def _origin(group: Group, seed: int) -> dict[str, Any]:
+def origin(group: Group, seed: int) -> dict[str, Any]:
     """Return what ties an evaluation to its run: put beside another one, it is noticed."""
     from chimera_cli.models.weights import file_hash
 
@@ -124,33 +119,8 @@ def _deliver(home: Path, group: Group, listener: Listener) -> None:
         tell(Saved(str(group.path / "evaluations"), "evaluations"))
 
 
-def _trained_on(group: Group) -> str:
-    pack = group.facts.get("pack")
-    if not isinstance(pack, Mapping) or "name" not in pack:
-        raise ChimeraError(f"{group.path / 'group.json'} names no pack", "say which one with --data")
-    return str(pack["name"])
-
-
 def _path(directory: Path, pack: "Pack", split: str) -> Path:
     return directory / "evaluations" / f"{pack.name}-{split}.json"
-
-
-def _captions_of(pack: "Pack", split: str) -> "CaptionTable":
-    table = pack.captions(split)
-    if not len(table):
-        raise ChimeraError(f"the {split} split of {pack.name} has no captions", "retrieval needs images with captions")
-    return table
-
-
-def _count_look(group: Group, split: str, listener: Listener) -> int:
-    """Return how often the test split was looked at with this run, this time included."""
-    if split != "test":
-        return looks_at_test(group.facts)
-    looks = count_test_look(group)
-    times = "once" if looks == 1 else f"{looks} times"
-    message = f"the test split has now been looked at {times} with {group.name}; choose nothing by what it shows"
-    listener(Note(message, "warning"))
-    return looks
 
 
 # ---- one seed -------------------------------------------------------------------------------------------------------
@@ -321,4 +291,5 @@ def _result(
         "chance": documents[0]["chance"] | ((documents[0]["zero_shot"] or {}).get("chance") or {}),
         "by_seed": list(documents),
         "test_looks": looks,
+        "baseline": read_baseline(group, {"name": pack.name, "fingerprint": pack.fingerprint}, split)[0],
     }

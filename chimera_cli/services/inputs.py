@@ -11,7 +11,9 @@ from chimera_cli.services.embeddings import (
     caption_states,
     embed_captions,
     embed_images,
+    image_maps,
     images_without_sides,
+    maps_to,
     pooled_caption_features,
     pooled_image_features,
 )
@@ -54,11 +56,13 @@ def warm_caches(
     total, per_pair = 0.0, 0.0
     for split in ("train", "dev"):
         parts = []
+        crops = _crops(model, views, crop_scale, colour_jitter) if split == "train" else None
         if model.architecture.image_locked:
-            crops = _crops(model, views, crop_scale, colour_jitter) if split == "train" else None
             parts.append(pooled_image_features(model, bench.pack, split, bench.device, tell, crops))
         if model.architecture.learn_layers == 0:
             parts.append(pooled_caption_features(model, bench.pack, split, bench.device, tell))
+        if (maps := image_maps(model, bench.pack, split, bench.device, tell, crops)) is not None:
+            parts.append(maps)
         seconds = [part.seconds for part in parts]
         if (states := caption_states(model, bench.pack, split, bench.device, tell)) is not None:
             seconds.append(states[1])
@@ -94,7 +98,7 @@ def training_batches(
     rank: int = 0,
     world: int = 1,
 ) -> "Generator[PairBatch, None, None]":
-    """Return the endless batches of the train split, from cached features where a tower is locked.
+    """Return the endless batches of the train split, from cached features as far as the towers are locked.
 
     Of the `views` that are cached of an image every epoch shows another one at random. The batches begin at `start`,
     (epoch, number in the epoch), with what an uninterrupted sequence has there; of the `batch`
@@ -145,7 +149,7 @@ def _image_inputs(
     views: int,
     feature_noise: float,
 ) -> "Callable[[NDArray[np.int64], Place], Tensor]":
-    """Return what gives the loader's images at positions: cached features, or augmented pixels from the pack."""
+    """Return what gives the loader's images at positions: cached features or maps, or augmented pixels of the pack."""
     import torch
 
     from chimera_cli.data.augmentation import Augmentation
@@ -153,10 +157,14 @@ def _image_inputs(
 
     flip = model.architecture.flipped_view
     may_flip = images_without_sides(bench.pack) if flip else None
+    crops = _crops(model, views, crop_scale, colour_jitter)
     if model.architecture.image_locked:
-        crops = _crops(model, views, crop_scale, colour_jitter)
         pooled = pooled_image_features(model, bench.pack, "train", bench.device, tell, crops).values
         return noisy_rows(torch.from_numpy(pooled).to(bench.device), seed, feature_noise, may_flip)
+    if (maps := image_maps(model, bench.pack, "train", bench.device, tell, crops)) is not None:
+        # They stay on the disk: only those of a batch are read.
+        rows = noisy_rows(torch.from_numpy(maps.values), seed, 0.0, may_flip)
+        return lambda positions, place: maps_to(rows(positions, place), bench.device)
     how = Augmentation(
         model.architecture.image_size,
         crop_scale=crop_scale,

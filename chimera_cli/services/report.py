@@ -51,7 +51,8 @@ def report(
     from chimera_cli.reporting.facts import collect, read_curves, with_problems
     from chimera_cli.reporting.verdicts import verdicts_of
 
-    _check_page(html, update)
+    if html is not None:
+        check_page(html, update)
     groups = runs.list_groups(home)
     group, seed = runs.resolve_run(home, run, groups=groups)
     if group.kind != "train":
@@ -87,10 +88,8 @@ def _why_this_profile(wanted: str | None, used: str) -> tuple[str, ...]:
     return (f"judged under profile {used}, because this run was made without a GPU",)
 
 
-def _check_page(html: Path | None, update: Path | None) -> None:
+def check_page(html: Path, update: Path | None = None) -> None:
     """Raise UsageError where the page would replace something that is no page."""
-    if html is None:
-        return
     elsewhere = "name another file, such as report.html"
     if update is not None and html.resolve() == update.resolve():
         raise UsageError(f"--html and --update both name {html}", elsewhere)
@@ -185,6 +184,7 @@ def _as_json(
                 "split": one.split,
                 "seeds": list(one.by_seed),
                 "mixed": one.mixed or None,
+                "baseline": None if one.baseline is None else dict(one.baseline.get("figures") or {}),
                 "figures": {name: None if s is None else s.as_dict() for name, s in one.figures.items()},
             }
             for one in facts.evaluations

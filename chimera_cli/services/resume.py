@@ -1,14 +1,14 @@
 """Training that goes on: which group, with which settings, from which checkpoint, and who writes the next ones."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from chimera_cli.config import TrainConfig, differences
 from chimera_cli.errors import ChimeraError, UsageError
-from chimera_cli.events import Listener, Note, Saved
+from chimera_cli.events import Listener, MeasureTaken, Note, Saved
 from chimera_cli.runs import (
     SCHEMA_VERSION,
     Group,
@@ -23,11 +23,14 @@ from chimera_cli.runs import (
 if TYPE_CHECKING:
     import torch
 
-    from chimera_cli.services.session import SeedSession, Stop
+    from chimera_cli.services.session import SeedSession
     from chimera_cli.training.checkpoints import Learner
-    from chimera_cli.training.contingency import Relief
     from chimera_cli.training.distributed import Processes
     from chimera_cli.training.loop import Keeper, LoopState
+
+
+# The config that a seed was begun with, where config.yaml tells of another since.
+BEGUN_CONFIG = "config-begun.yaml"
 
 
 # ---- the group ------------------------------------------------------------------------------------------------------
@@ -56,8 +59,8 @@ def resumable_group(home: Path, name: str) -> Group:
 
 
 def recorded_config(group: Group) -> Path:
-    """Return the config file of a group's first seed that has one. Raises ChimeraError where none began."""
-    paths = [group.seed_dir(seed) / "config.yaml" for seed in group.seeds]
+    """Return the config file that a group's first seed was begun with. Raises ChimeraError where none began."""
+    paths = [group.seed_dir(seed) / name for seed in group.seeds for name in (BEGUN_CONFIG, "config.yaml")]
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
         raise ChimeraError(f"no seed of {group.name} has begun", "start it anew; nothing is lost")
@@ -147,9 +150,9 @@ class Kept:
         return {} if self.content is None else dict(self.content["session"]["peaks"])
 
     @property
-    def measures(self) -> Sequence[dict[str, Any]]:
+    def measures(self) -> Sequence[MeasureTaken]:
         """Return the contingency measures that had been taken by then."""
-        return () if self.content is None else list(self.content["session"]["contingency"])
+        return () if self.content is None else [MeasureTaken(**row) for row in self.content["session"]["contingency"]]
 
 
 def kept_by(directory: Path, identity: Mapping[str, Any], listener: Listener) -> Kept:
@@ -176,7 +179,7 @@ def take_up(
     directory: Path,
     device: "torch.device",
     processes: "Processes",
-    measures: Sequence[Mapping[str, Any]] = (),
+    measures: Sequence[MeasureTaken] = (),
 ) -> "LoopState":
     """Return the state of the loop to begin with, everything that learns put back to where it was.
 
@@ -189,7 +192,7 @@ def take_up(
     if kept.content is None:
         return LoopState()
     state = restore(kept.content, learner, device, processes)
-    halve_rates(learner.optimiser, learner.schedule, _halvings(measures) - _halvings(kept.measures))
+    halve_rates(learner.optimiser, learner.schedule, halvings(measures) - halvings(kept.measures))
     if processes.leads:
         _mend_best(learner, state, directory / "checkpoints")
     return state
@@ -232,12 +235,12 @@ def keeper_of(
     config: TrainConfig,
     identity: Mapping[str, Any],
     kept: Kept,
-    measures: Sequence[Mapping[str, Any]],
+    measures: Sequence[MeasureTaken],
     device: "torch.device",
     processes: "Processes",
-    stop: "Stop",
+    stop: Callable[[], bool],
 ) -> "Keeper":
-    """Return who writes the checkpoints of a seed: every so many updates and minutes, the best, and when stopped."""
+    """Return who writes the checkpoints of a seed: every so many updates and minutes, the best, and at a `stop`."""
     from chimera_cli.services.session import memory_figures
     from chimera_cli.training.checkpoints import captured, write_checkpoint
     from chimera_cli.training.loop import Keeper
@@ -256,7 +259,7 @@ def keeper_of(
             wall_s = kept.wall_s + time.monotonic() - began_at
             peaks = highest(kept.peaks, memory_figures(device))
             about: dict[str, Any] = {"started_at": session.started_at, "wall_s": wall_s, "peaks": peaks}
-            about["contingency"] = [dict(measure) for measure in measures]
+            about["contingency"] = [asdict(measure) for measure in measures]
             content |= {"identity": dict(identity), "session": about}
             write_checkpoint(content, folder, state.done, config.keep)
             if better:
@@ -264,7 +267,7 @@ def keeper_of(
                 session.tell(Saved(str(folder / "best.safetensors"), "best checkpoint", state.done - 1))
         saved_at = time.monotonic()
 
-    return Keeper(due, save, lambda: stop.wanted)
+    return Keeper(due, save, stop)
 
 
 def highest(before: Mapping[str, float | None], now: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -273,47 +276,12 @@ def highest(before: Mapping[str, float | None], now: Mapping[str, float | None])
     return {name: max(values, default=None) for name, values in pairs.items()}
 
 
-# ---- contingency ----------------------------------------------------------------------------------------------------
+# ---- measures -------------------------------------------------------------------------------------------------------
 
 
-def relief_of(
-    config: TrainConfig, session: "SeedSession", measures: list[dict[str, Any]], state: "LoopState"
-) -> "Relief":
-    """Return what is done where memory runs out; each measure is told, and added to `measures`."""
-    from chimera_cli.training.contingency import Relief
-
-    def taken(what: str) -> None:
-        measures.append({"step": state.done, "measure": "memory", "what": what})
-        session.tell(Note(f"contingency at step {state.done}: {what}", "warning"))
-
-    return Relief(config.micro_batch, config.checkpointing, taken)
+HALVED: Literal["half the learning rates"] = "half the learning rates"
 
 
-def step_back(
-    session: "SeedSession", identity: Mapping[str, Any], measures: list[dict[str, Any]], error: ChimeraError
-) -> Kept:
-    """Return the last good checkpoint to go on from at half the rates, the records cut back to it.
-
-    Raises ChimeraError where that was done often enough.
-    """
-    from chimera_cli.services.session import cut_back
-    from chimera_cli.training.contingency import MOST_HALVINGS
-
-    if _halvings(measures) >= MOST_HALVINGS:
-        raise ChimeraError(
-            f"{error.message}, after {MOST_HALVINGS} times half the learning rate from the last good step",
-            "the rates are not the reason: set precision: float32, or look for broken images or features",
-        ) from error
-    kept = kept_by(session.directory, identity, session.tell)
-    what = f"{error.message}: back to update {kept.updates} at half the learning rates"
-    measures.append({"step": kept.updates, "measure": _HALVED, "what": what})
-    session.tell(Note(f"contingency: {what}", "warning"))
-    cut_back(session.directory, kept.updates)
-    return kept
-
-
-_HALVED = "half the learning rates"
-
-
-def _halvings(measures: Sequence[Mapping[str, Any]]) -> int:
-    return sum(measure["measure"] == _HALVED for measure in measures)
+def halvings(measures: Sequence[MeasureTaken]) -> int:
+    """Return how often the learning rates were halved."""
+    return sum(measure.measure == HALVED for measure in measures)

@@ -11,9 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chimera_cli.errors import ChimeraError
-from chimera_cli.events import Evaluated, Event, Listener, RunFinished, RunStarted, Saved, StepDone, TelemetrySampled
+from chimera_cli.events import (
+    Evaluated,
+    Event,
+    Listener,
+    MeasureTaken,
+    RunFinished,
+    RunStarted,
+    Saved,
+    StepDone,
+    TelemetrySampled,
+)
 from chimera_cli.events import broadcast as tell_all
 from chimera_cli.runs import (
+    EVENTS,
     MADE_WITH,
     SCHEMA_VERSION,
     Group,
@@ -267,7 +278,7 @@ def cut_back(directory: Path, steps_done: int) -> None:
 
 
 def recorder(directory: Path) -> Listener:
-    """Return the listener that writes metrics.jsonl, one flushed line per step and per evaluation."""
+    """Return the listener that writes metrics.jsonl, one flushed line per step and evaluation, and events.jsonl."""
 
     def record(event: Event) -> None:
         if isinstance(event, StepDone):
@@ -275,6 +286,8 @@ def recorder(directory: Path) -> Listener:
         elif isinstance(event, Evaluated):
             named = {f"{event.split}/{name}": value for name, value in event.figures.items()}
             append_json_line(directory / "metrics.jsonl", {"step": event.step, **named})
+        elif isinstance(event, MeasureTaken):
+            append_json_line(directory / EVENTS, {"event": "contingency", "at": utc_now(), **asdict(event)})
 
     return record
 

@@ -11,6 +11,7 @@ from chimera_cli.config import SanityConfig, TrainConfig, read_yaml, validate
 from chimera_cli.errors import ChimeraError, ExitCode, UsageError
 from chimera_cli.figures import FIGURES
 from chimera_cli.runs import Group, list_groups, read_sealed_json, resolve_run, source_hash
+from chimera_cli.slo.baseline import baseline_beside
 from chimera_cli.slo.contingency import changed, fill, more_seeds, option, resolve, with_seeds
 from chimera_cli.slo.evidence import Evidence, Subject, device_of, gather, number, pack_of
 from chimera_cli.slo.ladder import TEST_IMAGES, comparable, gaps, next_rung
@@ -239,6 +240,7 @@ def objective_facts(verdict: Verdict, judgement: Judgement) -> dict[str, Any]:
             {"figure": one.figure, "target": one.target, "summary": _summary(over_seeds(evidence, one.figure))}
             for one in objective.beside
         ],
+        "baseline": baseline_beside(objective, evidence, judgement.subject),
         "run": evidence.group.name if evidence.group else None,
         "files": list(evidence.files),
         "seeds": list(evidence.seeds),

@@ -52,7 +52,7 @@ def notes(objective: Result) -> list[str]:
 
 
 def beside_words(objective: Result) -> list[str]:
-    """Return the targets of an objective and the figures that are reported beside it."""
+    """Return the targets of an objective, the figures that are reported beside it, and how it stands to a baseline."""
     lines = []
     for condition in objective["conditions"]:
         if condition["target"] is not None:
@@ -64,7 +64,8 @@ def beside_words(objective: Result) -> list[str]:
             text = format_spread(beside["figure"], summary["mean"], summary["std"], summary["n"])
             wish = "" if beside["target"] is None else f", target {format_value(beside['figure'], beside['target'])}"
             lines.append(f"beside it: {FIGURES[beside['figure']].label} {text}{wish}")
-    return lines
+    baseline = objective.get("baseline")
+    return lines if baseline is None else [*lines, baseline["words"]]
 
 
 def condition_line(condition: Result) -> str:

@@ -95,8 +95,11 @@ def stream_pairs(
     seed: int,
     tell: Listener,
     start: tuple[int, int] = (0, 0),
+    threads: int | None = None,
 ) -> "Generator[PairBatch, None, None]":
-    """Yield the pairs of the stream without end, decoded as the pack's images were; its threads end with it.
+    """Yield the pairs of the stream without end, decoded by `threads` (None: one per core) as the pack's images were.
+
+    The threads end with it.
 
     They begin at `start`, (epoch, number in the epoch), with what an uninterrupted stream has there, bit for bit: the
     batches of that epoch before it are read and decoded again, those of earlier epochs are not.
@@ -117,6 +120,7 @@ def stream_pairs(
         seed,
         start=StreamState(start[0]),
         buffer=config.stream_buffer,
+        threads=threads,
         max_bad=config.stream_max_bad,
         excluded=stream.excluded,
         listener=tell,

@@ -349,8 +349,16 @@ def _other_config(group: Group, other: Group) -> str:
     return f"with another config ({one} instead of {two})"
 
 
+def _other_stream(group: Group, other: Group) -> str:
+    one, two = (_mapping(of.facts.get("stream")) for of in (group, other))
+    if not (one and two):
+        return "from a stream instead of the pack" if one else "from the pack instead of a stream"
+    return f"from another stream ({_short(one.get('digest'))} instead of {_short(two.get('digest'))})"
+
+
 _DIFFERENCES: Mapping[str, Callable[[Group, Group], str]] = {
     "pack": _other_pack,
+    "stream": _other_stream,
     "config_hash": _other_config,
     "source_hash": _other_source,
     "hardware": _other_hardware,

@@ -29,9 +29,10 @@ def noisy_rows(
 ) -> Callable[[Indices, Place], Tensor]:
     """Return a function (positions, place) -> features (batch, width): a random view of each row, with noise.
 
-    `views` is (n, views, width); where `may_flip` (n,) is false the second, the mirrored one, is not shown. The noise
-    is Gaussian with `noise` times the standard deviation of each feature, which keeps heads from learning single
-    features by heart. `stream` keeps the noise of captions apart from that of images.
+    `views` is (n, views, width), or maps (n, views, ...) where there is no noise; where `may_flip` (n,) is false the
+    second, the mirrored one, is not shown. The noise is Gaussian with `noise` times the standard deviation of each
+    feature, which keeps heads from learning single features by heart. `stream` keeps the noise of captions apart from
+    that of images.
     """
     # Without noise nothing but the rows that are picked is ever read: the views may lie in a file.
     scale = noise * views.flatten(0, 1).std(dim=0) if noise else None

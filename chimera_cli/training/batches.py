@@ -22,9 +22,10 @@ _STREAMS = {"images": 2, "texts": 3}
 
 @dataclass(frozen=True, slots=True)
 class PairBatch:
-    """`image`: pooled features (batch, width) of a locked tower, or normalised pixels (batch, 3, S, S).
+    """`image`: pooled features (batch, width) of a locked tower, normalised pixels (batch, 3, S, S), or maps of them.
 
-    `text`: pooled features (batch, width) of a locked tower, or tokens. `image_ids`: (batch,), equal for equal images.
+    Maps (batch, ...) are what the locked blocks of a tower make of pixels; `text`: pooled features (batch, width) of a
+    locked tower, or tokens. `image_ids`: (batch,), equal for equal images.
     `number` counts the batches of the epoch from 0. `whole` is the number of pairs over all processes, 0 where there is
     but one.
     """

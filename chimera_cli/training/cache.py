@@ -22,7 +22,9 @@ Allocate = Callable[[tuple[int, ...], Any], NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class CachedFeatures:
-    """Features (n, views, width) of images or (n, width) of captions; `seconds` is what computing them once took.
+    """Features (n, views, width) of images, maps (n, views, ...) of them, or features (n, width) of captions.
+
+    `seconds` is what computing them once took.
 
     The values are mapped from their file: only what is looked at takes memory, and no change of them reaches the file.
     """

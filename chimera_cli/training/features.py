@@ -5,7 +5,7 @@ import mmap
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from chimera_cli.data.augmentation import Augmentation, augment, cpu_workers, no
 from chimera_cli.data.loader import ahead, image_batches, to_device
 from chimera_cli.events import Listener, Progress, ignore
 from chimera_cli.models.image_tower import ImageTower
+from chimera_cli.models.sessions import TOLERANCE
 from chimera_cli.models.tokens import Tokens, TokenTable
 from chimera_cli.training.batches import Place
 from chimera_cli.training.cache import Allocate
@@ -62,23 +63,27 @@ def image_features(
     device: torch.device,
     views: Views = Views(),
     allocate: Allocate = np.empty,
+    dtype: type[np.floating[Any]] = np.float32,
     listener: Listener = ignore,
     stage: str = "image features",
-) -> Floats:
+) -> NDArray[Any]:
     """Return what `encode` makes of the images at `indices`: (n, views, dim), in what `allocate` gives.
+
+    Of maps (batch, channels, H, W) it makes (n, views, channels, H, W). Raises OverflowError where half precision is
+    asked for and some values are too large or too small for it.
 
     On a CPU each core encodes one image at a time, which keeps its activations in the core's cache, while the next
     images are made ready.
     """
-    result: Floats | None = None
+    result: NDArray[Any] | None = None
     on_cpu = device.type == "cpu"
     encode = _by_image(encode) if on_cpu else encode
     inputs = _inputs(tower, images, indices, image_size, device, views)
     with torch.inference_mode(), closing(ahead(inputs, 1 if on_cpu else 0)) as ready:
         for rows, view, pixels in ready:
-            values = encode(pixels).float().cpu().numpy()
+            values = _rounded(encode(pixels).float().cpu().numpy(), dtype)
             if result is None:
-                result = allocate((len(indices), len(views), values.shape[1]), np.float32)
+                result = allocate((len(indices), len(views), *values.shape[1:]), dtype)
             result[rows, view] = values
             done = rows.start * len(views) + len(values) * (view + 1)
             listener(Progress(stage, done // len(views), len(indices), "images"))
@@ -112,6 +117,24 @@ def _inputs(
                 generator = Place(view, number, len(batch)).generator(0, "images")
                 may_flip = None if views.may_flip is None else views.may_flip[rows]
                 yield rows, view, augment(pixels, views.how, generator, device, may_flip)
+
+
+def _rounded(values: Floats, dtype: type[np.floating[Any]]) -> NDArray[Any]:
+    """Return values (n, ...) in the precision they are kept in.
+
+    Raises OverflowError where half precision changes those of one image or token by more than what a session may be
+    off by: in its range it rounds to within 5e-4.
+    """
+    if dtype != np.float16:
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):
+        rounded = values.astype(np.float16)
+        lost = (rounded.astype(np.float32) - values).reshape(len(values), -1)
+        fits = np.linalg.norm(lost, axis=1) <= TOLERANCE * np.linalg.norm(values.reshape(len(values), -1), axis=1)
+    # Written so that a distance which is not a number is none that fits.
+    if not fits.all():
+        raise OverflowError("some of what the locked part of a tower makes is beyond half precision")
+    return rounded
 
 
 def _let_go(images: NDArray[np.uint8]) -> None:
@@ -186,14 +209,14 @@ def caption_states(
     """Return the hidden states (batch, tokens, width) that `encode` makes of captions, without padding, end to end.
 
     (all tokens, width), in the order of the table and in half precision, whose rounding changes sentence features by
-    2e-4 of their length: half the size on disk.
+    2e-4 of their length: half the size on disk. Raises OverflowError where some are too large or too small for it.
     """
     result: NDArray[np.float16] | None = None
     for rows, values in _encoded(encode, table, device, listener, stage):
         if result is None:
             result = allocate((len(table.ids), values.shape[2]), np.float16)
         real, places = table.places(rows)
-        result[places] = values.cpu().numpy()[real]
+        result[places] = _rounded(values.float().cpu().numpy()[real], np.float16)
     if result is None:
         raise ValueError("no captions to compute states of")
     return result

@@ -211,6 +211,8 @@ def _pace(state: DashboardState) -> Text:
         value = state.metrics.get(name)
         if value is not None:
             parts.append(Text.assemble((label, _DIM), form.format(value), *_against(state.limits.get(name), "≥")))
+    if state.measures:
+        parts.append(Text(f"contingency {len(state.measures)}", style=_WATCH))
     return text.append_text(Text("  ").join(parts))
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from chimera_cli.events import Event, Listener, Note, Progress, RunFinished, RunStarted, StepDone
+from chimera_cli.events import Event, Listener, MeasureTaken, Note, Progress, RunFinished, RunStarted, StepDone
 from chimera_cli.figures import format_value
 from chimera_cli.ui.dashboard import clock
-from chimera_cli.ui.state import DashboardState, advance
+from chimera_cli.ui.state import DashboardState, advance, measure_words
 
 INTERVAL_S = 5.0
 
@@ -39,6 +39,8 @@ def announcement(before: DashboardState, event: Event) -> str:
     match event:
         case Note():
             return f"warning: {event.message}" if event.level == "warning" else event.message
+        case MeasureTaken():
+            return f"warning: {measure_words(event)}"
         case RunStarted():
             return f"{event.group}: seed {event.seed} begins"
         case RunFinished():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from chimera_cli.events import (
     Evaluated,
     Event,
+    MeasureTaken,
     Note,
     Progress,
     RunFinished,
@@ -121,6 +122,7 @@ class DashboardState:
     notes: tuple[Note, ...] = ()
     hidden_warnings: tuple[Note, ...] = ()
     finished: tuple[FinishedSeed, ...] = ()
+    measures: tuple[MeasureTaken, ...] = ()
 
 
 def advance(state: DashboardState, event: Event, now: float) -> DashboardState:
@@ -138,6 +140,9 @@ def advance(state: DashboardState, event: Event, now: float) -> DashboardState:
             return replace(state, machine=event.values)
         case Note():
             return _noted(state, event)
+        case MeasureTaken():
+            measured = replace(state, measures=(*state.measures, event))
+            return _noted(_back(measured, event, now), Note(measure_words(event), "warning"))
         case RunFinished():
             over = FinishedSeed(event.seed, event.status, event.figures)
             return replace(state, finished=(*state.finished, over))
@@ -159,7 +164,24 @@ def _started(state: DashboardState, event: RunStarted) -> DashboardState:
         metrics={},
         latest=None,
         best=None,
+        measures=(),
     )
+
+
+def measure_words(event: MeasureTaken) -> str:
+    """Return a contingency measure as the sentence that a person is told."""
+    return f"contingency at update {event.step:,}: {event.what}"
+
+
+def _back(state: DashboardState, event: MeasureTaken, now: float) -> DashboardState:
+    """Return the state with the progress taken back to where training goes on, where that is not where it stood."""
+    if event.back_to is None or state.steps is None:
+        return state
+    done = min(event.back_to, state.steps.done)
+    bar = Bar(state.steps.name, done, state.total_steps, state.steps.unit, now, done, now)
+    if done == 0:
+        return replace(state, steps=bar, loss=LossCurve(), latest=None, best=None)
+    return replace(state, steps=bar)
 
 
 def _stage(bar: Bar | None, event: Progress, now: float) -> Bar:

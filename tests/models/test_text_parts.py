@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from chimera_cli.models.sessions import SessionError, compare_parts
+from chimera_cli.models.sessions import SessionError, compare_text_parts
 from chimera_cli.models.text_tower import TextTower, build_text_tower
 
 TEXTS = ["a dog", "two children play with a red ball on the grass", "snow"] * 60
@@ -60,12 +60,12 @@ def test_locked_layers_keep_no_dropout_while_the_others_learn() -> None:
 def test_parts_that_make_something_else_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     tower = halves(1)
     samples = [torch.tensor([101, 2000, 102]), torch.tensor([101, 102])]
-    compare_parts(tower, samples, torch.device("cpu"))
+    compare_text_parts(tower, samples, torch.device("cpu"))
     lower = tower.lower_states
     with monkeypatch.context() as patch:
         patch.setattr(tower, "lower_states", lambda tokens: lower(tokens).flip(-1))
         with pytest.raises(SessionError, match="in two parts is off by"):
-            compare_parts(tower, samples, torch.device("cpu"))
+            compare_text_parts(tower, samples, torch.device("cpu"))
     del tower.encoder.embeddings
     with pytest.raises(SessionError, match="can't be computed in two parts"):
-        compare_parts(tower, samples, torch.device("cpu"))
+        compare_text_parts(tower, samples, torch.device("cpu"))

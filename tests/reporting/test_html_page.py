@@ -159,7 +159,7 @@ def contrast(one: str, other: str) -> float:
 
 def palettes() -> list[dict[str, str]]:
     """Return the colours of light, dark and print, with the full six digits."""
-    css = (Path(drawing.__file__).with_name("page.html")).read_text(encoding="utf-8")
+    css = (Path(drawing.__file__).with_name("page.css")).read_text(encoding="utf-8")
     blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
     colors = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]+);", block)) for block in blocks]
     return [

@@ -30,7 +30,7 @@ from chimera_cli.services.bench_loader import (
     measure_stages,
     ready_batches,
 )
-from chimera_cli.services.train import make_training_step
+from chimera_cli.services.training_step import make_training_step
 
 SIZE = 32
 CPU = torch.device("cpu")

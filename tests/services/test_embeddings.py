@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +22,15 @@ from chimera_cli.services.embeddings import (
     Crops,
     caption_states,
     embed_captions,
+    embed_images,
     embed_texts_with,
+    image_maps,
     images_without_sides,
     pooled_caption_features,
     pooled_image_features,
 )
+from chimera_cli.services.inputs import Workbench, training_batches, warm_caches
+from chimera_cli.training.batches import embed_pairs
 
 CPU = torch.device("cpu")
 needs_sessions = pytest.mark.skipif(session_backend() is None, reason="onnxruntime or onnx is not installed")
@@ -168,11 +173,87 @@ def test_captions_of_a_half_locked_tower_come_from_cached_states(pack: Pack) -> 
     assert caption_states(build_dual_encoder(TINY), pack, "dev", CPU, Ear()) is None
 
 
+PARTLY = replace(TINY, image_weights=DEFAULT_IMAGE, learn_blocks=2, flipped_view=True)
+
+
+def whole_images(model: DualEncoder, pack: Pack, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """Return the image_features of dev without a cache."""
+    with monkeypatch.context() as patch:
+        patch.setattr(model.image_tower, "locked_blocks", None)
+        return embed_images(model, pack, "dev", CPU, Ear())
+
+
+def test_images_of_a_half_locked_tower_come_from_cached_maps(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = build_dual_encoder(PARTLY).eval()
+    maps = image_maps(model, pack, "dev", CPU, Ear())
+    assert maps is not None
+    assert maps.values.shape == (60, 2, 192, 1, 1)
+    assert maps.values.dtype == np.float16
+    for _ in range(2):
+        ours = embed_images(model, pack, "dev", CPU, Ear())
+        assert np.linalg.norm(ours - whole_images(model, pack, monkeypatch), axis=1).max() < 2e-3
+        # What learns is in neither key nor values: other upper blocks find the same maps.
+        with torch.no_grad():
+            model.image_tower.backbone.conv_head.weight.mul_(1.5)
+    assert [key["blocks"] for key in keys(pack)] == [14]
+    assert image_maps(build_dual_encoder(TINY), pack, "dev", CPU, Ear()) is None
+
+
+def test_maps_beyond_half_precision_are_kept_in_single(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_dual_encoder(PARTLY).eval()
+    lower = model.image_tower.lower_maps
+    monkeypatch.setattr(sessions, "session_backend", lambda: None)
+    monkeypatch.setattr(model.image_tower, "lower_maps", lambda pixels: lower(pixels) * 1e6)
+    monkeypatch.setattr(sessions, "compare_image_parts", lambda *_: None)
+    ear = Ear()
+    for split in ("dev", "dev", "test"):
+        maps = image_maps(model, pack, split, CPU, ear)
+        assert maps is not None
+        assert maps.values.dtype == np.float32
+        assert np.isfinite(maps.values).all()
+    assert len([note for note in ear.notes if "beyond half precision" in note]) == 1
+    assert [key["dtype"] for key in keys(pack)] == ["float32", "float32"]
+
+
+def test_an_image_tower_that_cannot_be_parted_is_computed_whole(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ear = build_dual_encoder(PARTLY).eval(), Ear()
+    monkeypatch.setattr(model.image_tower, "_after", lambda: [model.image_tower.backbone.conv_stem])
+    for _ in range(2):
+        ours = embed_images(model, pack, "dev", CPU, ear)
+    assert np.array_equal(ours, whole_images(model, pack, monkeypatch))
+    assert len(ear.notes) == 1
+    assert "two parts" in ear.notes[0]
+    assert "nothing of the image tower is cached" in ear.notes[0]
+    with closing(training_batches(Workbench(pack, CPU, "float32"), model, 60, 0, ear)) as batches:
+        assert next(batches).image.shape == (60, 3, 32, 32)
+
+
+def test_training_reads_maps_states_and_views_from_the_cache(pack: Pack) -> None:
+    model = build_dual_encoder(replace(PARTLY, flipped_view=False, text_weights=DEFAULT_TEXT, learn_layers=1))
+    bench = Workbench(pack, CPU, "float32")
+    seconds, per_pair = warm_caches(model, bench, Ear(), views=3, crop_scale=0.5)
+    assert seconds > 0
+    assert per_pair == seconds / 240
+    with closing(training_batches(bench, model, 60, 0, Ear(), views=3, crop_scale=0.5)) as batches:
+        batch = next(batches)
+        assert batch.image.shape == (60, 192, 1, 1)
+        assert batch.image.dtype == torch.float32
+        assert set(batch.text) == {"states", "attention_mask"}
+        image, text = embed_pairs(model.train(), batch)
+    (image * text).sum().backward()
+    assert model.image_tower.backbone.conv_head.weight.grad is not None
+    assert model.image_tower.backbone.conv_stem.weight.grad is None
+    stored = {str(key["split"]): key for key in keys(pack) if "blocks" in key}
+    assert stored["train"]["crops"] == {"count": 2, "crop_scale": 0.5, "colour_jitter": 0.0}
+    assert "crops" not in stored["dev"]
+
+
 def test_a_tower_that_cannot_be_parted_is_computed_whole(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_arguments: object) -> None:
         raise SessionError("this text tower can't be computed in two parts (no layers)")
 
-    monkeypatch.setattr(sessions, "compare_parts", refuse)
+    monkeypatch.setattr(sessions, "compare_text_parts", refuse)
     ear = Ear()
     model = build_dual_encoder(replace(TINY, learn_layers=1)).eval()
     for _ in range(2):

@@ -6,6 +6,9 @@ import pytest
 from support import REPOSITORY
 
 from chimera_cli.config import TrainConfig, load_config
+from chimera_cli.data.pack import open_pack
+from chimera_cli.models.text_tower import build_text_tower
+from chimera_cli.models.weights import DEFAULT_TEXT
 from chimera_cli.services.estimate import GIB, estimate_full
 
 RECIPES = REPOSITORY / "configs" / "train"
@@ -27,6 +30,30 @@ def test_parts_follow_from_shapes_and_nothing_is_written(small_home: Path) -> No
     assert figures["wall_s"] is None
     assert not (small_home / "runs").exists()
     assert [path.name for path in (small_home / "data").iterdir()] == ["small"]
+
+
+def test_views_maps_and_states_are_counted_as_they_are_cached(small_home: Path) -> None:
+    changes = ["data=small", "image.image_size=64", "augmentation.flip=true", "augmentation.views=4",
+               "augmentation.crop_scale=0.5", "batch=60"]  # fmt: skip
+    recipe = RECIPES / "toy.yaml"
+    locked = estimate_full(small_home, load_config(TrainConfig, recipe, changes))["figures"]
+    # 240 training images in four views, 60 of dev in two; every image has five captions.
+    assert locked["features_gb"] == pytest.approx(4 * ((240 * 4 + 60 * 2) * 1280 + 300 * 5 * 384) / GIB)
+    assert locked["features_cache_gb"] == locked["features_gb"]
+    changes += ["image.learn_blocks=2", "text.learn_layers=1"]
+    partly = estimate_full(small_home, load_config(TrainConfig, recipe, changes))["figures"]
+    assert partly["features_gb"] == 0
+    pack = open_pack(small_home / "data", "small")
+    tower = build_text_tower(DEFAULT_TEXT)
+    tokens = sum(len(tower.token_table(pack.captions(split).texts, 40).ids) for split in ("train", "dev"))
+    # Half precision; of an image the last but two blocks make 192 maps of 2 x 2.
+    cached = 2 * ((240 * 4 + 60 * 2) * 192 * 2 * 2 + tokens * 384)
+    assert partly["features_cache_gb"] == pytest.approx(cached / GIB)
+    # A batch is in float32: maps, hidden states of 40 tokens, and 40 entries of the mask.
+    assert partly["inputs_gb"] == pytest.approx(2 * 60 * (4 * 192 * 4 + 40 * (4 * 384 + 8)) / GIB)
+    assert partly["gradients_gb"] > locked["gradients_gb"]
+    streamed = load_config(TrainConfig, recipe, [*changes, "stream=shards", "augmentation.views=1"])
+    assert estimate_full(small_home, streamed)["figures"]["features_cache_gb"] < partly["features_cache_gb"]
 
 
 def test_the_recipe_for_8_gb_fits_and_is_a_large_batch(small_home: Path) -> None:

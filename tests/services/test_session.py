@@ -12,7 +12,8 @@ from chimera_cli.services.session import seed_session
 
 
 def test_a_result_is_sealed_and_repeats_what_its_group_was_made_with(tmp_path: Path) -> None:
-    facts = {"pack": {"name": "toy"}, "config_hash": "c", "source_hash": "s", "hardware": {"device": "cpu"}}
+    facts = {"pack": {"name": "toy"}, "stream": {"digest": "d"}, "config_hash": "c", "source_hash": "s"}
+    facts |= {"hardware": {"device": "cpu"}}
     group = create_group(tmp_path, "sanity", "", [3], facts | {"command": "chimera train sanity"})
     with seed_session(group, 3, {"batch": 8}, torch.device("cpu"), [], 10) as session:
         session.finish({"loss_drop": 0.5, "gpu_util_mean": None}, {"losses": [3.0, 2.5]})

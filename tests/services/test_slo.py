@@ -331,6 +331,7 @@ def test_a_run_in_progress_is_unmeasured_and_to_be_waited_for(tmp_path: Path) ->
         ({"config_hash": "1" * 64}, "with another config (11111111 instead of unknown)"),
         ({"pack": TOY_PACK}, "with another pack (toy tttttttt instead of flickr8k ffffffff)"),
         ({"hardware": CPU | {"cores": 8}}, "on other hardware (cores 8 instead of 2)"),
+        ({"stream": {"digest": "d" * 64}}, "from a stream instead of the pack"),
     ],
 )
 def test_a_result_put_into_another_group_is_noticed(tmp_path: Path, fact: dict[str, Any], words: str) -> None:

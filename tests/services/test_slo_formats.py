@@ -60,7 +60,7 @@ def test_the_json_has_its_keys_and_version(tmp_path: Path) -> None:
     }  # fmt: skip
     assert set(result["objectives"][0]) == {
         "id", "title", "verdict", "reason", "law", "measured", "evidence", "measure", "conditions", "beside", "run",
-        "files", "seeds", "waiver",
+        "files", "seeds", "waiver", "baseline",
     }  # fmt: skip
     assert set(result["objectives"][0]["conditions"][0]) == {
         "figure", "label", "comparison", "limit", "relative_to", "statistic", "target", "verdict", "reason", "value",

@@ -22,8 +22,9 @@ from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Event, Note
 from chimera_cli.runs import list_groups, read_json, read_json_lines, resolve_run
 from chimera_cli.services.inputs import Workbench
+from chimera_cli.services.learning import architecture_of
 from chimera_cli.services.streaming import open_stream, stream_pairs
-from chimera_cli.services.train import _architecture, train_full
+from chimera_cli.services.train import train_full
 from chimera_cli.training.batches import PairBatch
 
 TRAIN, DEV = 120, 40
@@ -127,7 +128,7 @@ def opened(home: Path, changes: tuple[str, ...]) -> Any:
 
     config = load_config(TrainConfig, None, changes)
     bench = Workbench(open_pack(home / "data", "small"), torch.device("cpu"), "float32")
-    architecture = _architecture(config.image, config.text, config.heads, config.loss, config.augmentation.flip)
+    architecture = architecture_of(config.image, config.text, config.heads, config.loss, config.augmentation.flip)
     model = build_dual_encoder(architecture).train()
     told: list[Event] = []
     stream = open_stream(config, bench.pack, told.append)

@@ -12,7 +12,8 @@ from chimera_cli.config import SanityConfig, TrainConfig, load_config
 from chimera_cli.errors import ChimeraError
 from chimera_cli.events import Event, Progress
 from chimera_cli.runs import latest_group, list_groups, read_json_lines, resolve_run
-from chimera_cli.services.train import train_full, train_sanity
+from chimera_cli.services.sanity import train_sanity
+from chimera_cli.services.train import train_full
 
 SCRATCH = (
     "data=toy", "image.weights=tiny", "image.locked=false", "image.image_size=48",
@@ -42,10 +43,10 @@ def test_proof_of_life_and_its_shuffled_control(toy_home: Path) -> None:
 
 def test_both_towers_learn_in_the_proof_of_life(toy_home: Path) -> None:
     from chimera_cli.models.dual_encoder import build_dual_encoder
-    from chimera_cli.services.train import _architecture
+    from chimera_cli.services.learning import architecture_of
 
     config = SanityConfig()
-    architecture = _architecture(config.image, config.text, config.heads, config.loss, flipped_view=False)
+    architecture = architecture_of(config.image, config.text, config.heads, config.loss, flipped_view=False)
     model = build_dual_encoder(architecture)
     assert all(parameter.requires_grad for parameter in model.parameters())
 

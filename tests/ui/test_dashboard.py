@@ -8,7 +8,17 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from chimera_cli.events import Evaluated, Event, Note, Progress, RunFinished, RunStarted, StepDone, TelemetrySampled
+from chimera_cli.events import (
+    Evaluated,
+    Event,
+    MeasureTaken,
+    Note,
+    Progress,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    TelemetrySampled,
+)
 from chimera_cli.ui.dashboard import clock, meter, render, sparkline
 from chimera_cli.ui.state import DashboardState, advance
 
@@ -95,6 +105,17 @@ def test_foreign_text_is_neither_markup_nor_terminal_commands() -> None:
     assert "[red]s[/]" in text
     assert "\x1b[2J" not in text
     assert "\x07" not in text
+
+
+def test_contingency_measures_stay_counted_when_their_notes_are_gone() -> None:
+    measures = [MeasureTaken(step, "memory", f"micro_batch {8 // step}") for step in (1, 2)]
+    state = state_of(RunStarted("g", "train", 1, "runs/x", 2400), StepDone(0, 0, {"loss": 9.0}), *measures)
+    assert "! contingency at update 2: micro_batch 4" in drawn(state, 100)
+    for number in range(3):
+        state = advance(state, Note(f"note {number}"), 9.0)
+    picture = drawn(state, 100)
+    assert "contingency 2" in picture
+    assert "micro_batch" not in picture
 
 
 def test_compact_leaves_out_the_blank_lines() -> None:

@@ -1,6 +1,6 @@
 """Plain lines: at most one every five seconds, and nothing that must be told is held back."""
 
-from chimera_cli.events import Evaluated, Event, Note, Progress, RunFinished, RunStarted, StepDone
+from chimera_cli.events import Evaluated, Event, MeasureTaken, Note, Progress, RunFinished, RunStarted, StepDone
 from chimera_cli.ui.lines import plain_lines
 
 
@@ -30,6 +30,7 @@ def test_beginnings_ends_and_notes_are_told_at_once() -> None:
         (0.2, Progress("features", 64, 6000)),
         (0.3, Note("the server is away", "warning")),
         (0.4, Note("data: toy")),
+        (0.4, MeasureTaken(1200, "memory", "out of memory: micro_batch 4 in place of 8")),
         (0.5, Progress("features", 6000, 6000)),
         (0.6, Progress("features", 6000, 6000)),
         (0.7, RunFinished(0, "finished", {"wall_s": 75.0})),
@@ -38,6 +39,7 @@ def test_beginnings_ends_and_notes_are_told_at_once() -> None:
         "features: 32 of 6,000 images",
         "warning: the server is away",
         "data: toy",
+        "warning: contingency at update 1,200: out of memory: micro_batch 4 in place of 8",
         "features: 6,000 images done",
         "seed 0 finished after 1 min 15 s",
     ]

@@ -2,7 +2,16 @@
 
 import pytest
 
-from chimera_cli.events import Evaluated, Note, Progress, RunFinished, RunStarted, StepDone, TelemetrySampled
+from chimera_cli.events import (
+    Evaluated,
+    MeasureTaken,
+    Note,
+    Progress,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    TelemetrySampled,
+)
 from chimera_cli.ui.state import DashboardState, LossCurve, advance
 
 START = DashboardState("train", {}, 0.0)
@@ -86,3 +95,19 @@ def test_a_long_loss_curve_stays_small_and_keeps_its_mean_and_ends() -> None:
     assert seen + len(curve.rest) == len(losses)
     # The mean of equal stretches is the mean of the whole.
     assert sum(curve.points) / len(curve.points) == pytest.approx(sum(losses[:seen]) / seen)
+
+
+def test_a_contingency_measure_is_a_warning_is_counted_and_takes_progress_back() -> None:
+    state = advance(START, RUN, 0.0)
+    for event in (StepDone(39, 1, {"loss": 2.0}), evaluated(39, 1.0), MeasureTaken(40, "memory", "micro_batch 4")):
+        state = advance(state, event, 10.0)
+    assert state.notes[-1] == Note("contingency at update 40: micro_batch 4", "warning")
+    assert state.steps is not None
+    assert (state.steps.done, state.loss.last) == (40, 2.0)
+    state = advance(state, MeasureTaken(40, "half the learning rates", "back", back_to=30), 20.0)
+    assert state.steps is not None
+    assert (state.steps.done, state.steps.began_with, state.loss.last) == (30, 30, 2.0)
+    state = advance(state, MeasureTaken(40, "memory", "images of 64 px", {"image.image_size": 64}, 0), 30.0)
+    assert state.steps is not None
+    assert (state.steps.done, state.loss, state.best, len(state.measures)) == (0, LossCurve(), None, 3)
+    assert advance(state, RUN, 40.0).measures == ()
