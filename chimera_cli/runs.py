@@ -379,6 +379,8 @@ def _how_to_make(kind: str) -> str:
         "bench-encoders": "run `chimera bench encoders`",
         "bench-prepare": "run `chimera bench prepare`",
         "bench-retrieval": "run `chimera bench retrieval`",
+        "bench-speedrun": "run `chimera bench speedrun`",
+        "bench-train": "run `chimera bench train --against open_clip`",
     }
     return commands.get(kind, "`chimera runs list` shows what has been run")
 

@@ -566,7 +566,7 @@ def _send_documents(store: _Store, directory: Path, ledger: dict[str, Any], over
 def _documents(directory: Path, over: bool) -> list[Path]:
     names = ["config.yaml", "environment.json", "result.json", *(_AT_THE_END if over else ())]
     paths = [directory / name for name in names]
-    return [path for path in paths if path.is_file()] + sorted((directory / "evaluations").glob("*.json"))
+    return [path for path in paths if path.is_file()] + sorted((directory / "evaluations").rglob("*.json"))
 
 
 def _figures_in(path: Path) -> tuple[tuple[tuple[str, float], ...], int, str]:
@@ -574,7 +574,7 @@ def _figures_in(path: Path) -> tuple[tuple[tuple[str, float], ...], int, str]:
     if path.name == "result.json":
         result = runs.read_json(path)
         return _prefixed("result", result["figures"]), 0, str(result["finished_at"])
-    if path.parent.name != "evaluations":
+    if path.parent.name not in ("evaluations", "baselines"):
         return (), 0, ""
     evaluation = runs.read_json(path)
     figures = dict(evaluation["figures"])
@@ -583,7 +583,9 @@ def _figures_in(path: Path) -> tuple[tuple[tuple[str, float], ...], int, str]:
         if isinstance(value, dict):
             figures |= {name: value.get("mean"), f"{name}_std": value.get("std")}
     step = int(evaluation.get("checkpoint_step") or 0)
-    return _prefixed(f"best/{evaluation['split']}", figures), step, str(evaluation["created_at"])
+    # A closed-form baseline stands beside the model's own figures, not in their place.
+    whose = evaluation.get("baseline") or "best"
+    return _prefixed(f"{whose}/{evaluation['split']}", figures), step, str(evaluation["created_at"])
 
 
 def _prefixed(prefix: str, figures: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:

@@ -204,6 +204,7 @@ def _estimate_table(result: Mapping[str, Any]) -> RenderableType:
         "inputs_gb": f"two batches of {details['batch']:,}",
         "loss_gb": "loss",
         "features_gb": "cached features",
+        "features_cache_gb": "cache on the disk",
         "vram_estimate_gb": "VRAM at most, estimated",
         "ram_estimate_gb": "RAM at most, estimated",
     }

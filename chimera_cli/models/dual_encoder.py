@@ -22,7 +22,8 @@ class Architecture:
     """All that shapes a dual encoder: what a checkpoint needs beside its tensors.
 
     `learn_layers`: how many of the text tower's last layers learn, None for all of it; `learn_blocks` likewise of the
-    blocks of an image tower that is not `image_locked` as a whole. `flipped_view`: an image's feature is the mean over
+    blocks of an image tower that is not `image_locked` as a whole. `image_stages`: how many of its last stages are
+    pooled beside its own features. `flipped_view`: an image's feature is the mean over
     the image and its mirror image.
     """
 
@@ -40,6 +41,7 @@ class Architecture:
     temperature: float
     logit_bias: float | None = None
     learn_blocks: int | None = None
+    image_stages: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the architecture as JSON takes it."""
@@ -115,7 +117,7 @@ class DualEncoder(nn.Module):
 
 def build_dual_encoder(architecture: Architecture, pretrained: bool = True) -> DualEncoder:
     """Return the dual encoder of `architecture`: heads fresh, towers pretrained where asked, locked as it says."""
-    image_tower = build_image_tower(architecture.image_weights, pretrained)
+    image_tower = build_image_tower(architecture.image_weights, pretrained, architecture.image_stages)
     text_tower = build_text_tower(architecture.text_weights, pretrained)
     image_tower.learn_only(0 if architecture.image_locked else architecture.learn_blocks)
     text_tower.learn_only(architecture.learn_layers)

@@ -11,7 +11,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from chimera_cli.errors import ChimeraError, UsageError
-from chimera_cli.models.parts import Begun, Passed, exchanged
+from chimera_cli.models.parts import Begun, Passed, Tapped, exchanged
 from chimera_cli.models.weights import (
     DEFAULT_IMAGE,
     PACKAGED,
@@ -31,8 +31,10 @@ _HOLDERS = re.compile(r"blocks|stages|layers|features|(layer|stage|s)\d+")
 class ImageTower(nn.Module):
     """A timm backbone without its classifier: normalised pixels (batch, 3, S, S) -> pooled features (batch, width).
 
-    `locked_blocks`: how many of the first blocks are locked, the stem with them; None where all of the tower learns or
-    nothing of it.
+    `stages`: how many of the last stages are pooled and stand beside the backbone's own features: what an earlier stage
+    tells of an image depends less on the classes that the weights were trained on (Hariharan et al. 2015,
+    Hypercolumns). `locked_blocks`: how many of the first blocks are locked, the stem with them; None where all of the
+    tower learns or nothing of it.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ImageTower(nn.Module):
         self.std = std
         self.frozen_statistics = frozen_statistics
         self.locked_blocks: int | None = None
+        self.stages = 0
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return pooled features (batch, width) of normalised pixels (batch, 3, S, S).
@@ -54,10 +57,40 @@ class ImageTower(nn.Module):
         """
         # Pixels have three channels and are square, which no maps are.
         side = pixels.shape[-1]
-        if pixels.shape[1:] == (3, side, side):
-            features: Tensor = self.backbone(pixels)
-            return features
-        return self._upper(pixels)
+        if pixels.shape[1:] != (3, side, side):
+            return self._upper(pixels)
+        features: Tensor = self._staged(pixels) if self.stages else self.backbone(pixels)
+        return features
+
+    def _staged(self, pixels: Tensor) -> Tensor:
+        """Return the backbone's own features and behind them those of its last `stages` stages, (batch, width)."""
+        pooled: list[Tensor] = []
+        last_of_stages = [blocks[-1] for blocks in self._stages()[-self.stages :]]
+        taps = {block: Tapped(block, lambda maps: pooled.append(self._pooled(maps))) for block in last_of_stages}
+        own: Tensor = exchanged(self.backbone, taps)(pixels)
+        return torch.cat([own, *pooled], dim=-1)
+
+    def _pooled(self, maps: Tensor) -> Tensor:
+        """Return the mean over all places, (batch, channels), of (batch, channels, H, W), or of tokens before width."""
+        if maps.ndim == 4 and getattr(self.backbone, "output_fmt", "NCHW") == "NCHW":
+            return maps.mean(dim=(2, 3))
+        return maps.flatten(1, -2).mean(dim=1)
+
+    def join_stages(self, stages: int) -> None:
+        """Let the last `stages` stages stand beside the backbone's own features; the width grows with them.
+
+        Raises UsageError where the backbone has fewer of them, or none where timm's have them.
+        """
+        found = len(self._stages()) if stages else 0
+        if stages > found:
+            raise UsageError(f"image.stages: {stages} is more than the tower's {found}", f"--set image.stages={found}")
+        self.stages = stages
+        if stages:
+            training = self.training
+            self.eval()
+            with torch.no_grad():
+                self.width = self._staged(torch.zeros((1, *self._input_size()))).shape[-1]
+            self.train(training)
 
     def lower_maps(self, pixels: Tensor) -> Tensor:
         """Return maps after the last locked block: what `forward` takes in place of pixels (batch, 3, S, S).
@@ -88,13 +121,22 @@ class ImageTower(nn.Module):
 
         Raises UsageError for a backbone that has none where timm's have them.
         """
-        holders = [child for name, child in self.backbone.named_children() if _HOLDERS.fullmatch(name)]
-        stages = [stage for holder in holders for stage in _members(holder, (nn.Sequential, nn.ModuleList))]
-        blocks = [block for stage in stages for block in _members(stage, (nn.Sequential,))]
-        if not blocks:
+        return [block for stage in self._stages() for block in stage]
+
+    def _stages(self) -> list[list[nn.Module]]:
+        """Return the blocks of each stage, first to last; a block in no stage of timm's is one. Raises as `blocks`."""
+        found: list[list[nn.Module]] = []
+        for name, holder in self.backbone.named_children():
+            if _HOLDERS.fullmatch(name):
+                inner = [_members(one, (nn.Sequential,)) for one in _members(holder, (nn.Sequential, nn.ModuleList))]
+                # A holder with a number is one stage; one without holds them all.
+                found += [[block for blocks in inner for block in blocks]] if name[-1].isdigit() else inner
+        found = [blocks for blocks in found if blocks]
+        if not found:
             name = type(self.backbone).__name__
-            raise UsageError(f"the image tower {name} has no blocks to choose from", "--set image.learn_blocks=0")
-        return blocks
+            hint = "--set image.learn_blocks=0 --set image.stages=0"
+            raise UsageError(f"the image tower {name} has no blocks to choose from", hint)
+        return found
 
     def _after(self) -> list[nn.Module]:
         """Return what comes after the last block: convolution, norm and pooling."""
@@ -138,11 +180,18 @@ def _members(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.M
     return list(module.children()) if isinstance(module, kinds) else [module]
 
 
-def build_image_tower(weights: str, pretrained: bool = True) -> ImageTower:
+def build_image_tower(weights: str, pretrained: bool = True, stages: int = 0) -> ImageTower:
     """Return the tower called `weights`; with `pretrained` False only its shape, for a checkpoint to fill.
 
-    Raises UsageError for a name that can't be meant and ChimeraError where the weights can't be had.
+    Its last `stages` stages stand beside its own features. Raises UsageError for a name that can't be meant, or more
+    stages than there are, and ChimeraError where the weights can't be had.
     """
+    tower = _built(weights, pretrained)
+    tower.join_stages(stages)
+    return tower
+
+
+def _built(weights: str, pretrained: bool) -> ImageTower:
     check_modality(weights, "image")
     if weights == TINY:
         # timm's own test architecture: a third of a million parameters, made for test suites.

@@ -4,7 +4,7 @@ No weight is copied: what learns in such a part learns in the whole.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +23,21 @@ def exchanged(module: nn.Module, others: Mapping[nn.Module, nn.Module]) -> Any:
     twin = copy.copy(module)
     twin._modules = children
     return twin
+
+
+class Tapped(nn.Module):
+    """Stands in for a block: does the same, and `tap` is told what comes out."""
+
+    def __init__(self, block: nn.Module, tap: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.block = block
+        self.tap = tap
+
+    def forward(self, *inputs: Any, **settings: Any) -> Any:
+        """Return what the block makes of `inputs`."""
+        outputs = self.block(*inputs, **settings)
+        self.tap(outputs)
+        return outputs
 
 
 class Passed(nn.Module):

@@ -155,6 +155,7 @@ def _frozen(config: TrainConfig, device: "torch.device") -> "DualEncoder":
         image_weights=config.image.weights,
         image_size=config.image.image_size,
         image_locked=True,
+        image_stages=config.image.stages,
         flipped_view=config.augmentation.flip,
         text_weights=config.text.weights,
         learn_layers=0,
@@ -222,7 +223,7 @@ def _how(tuned: "Tuned", model: "DualEncoder", train: "Pairs", dev: "Pairs") -> 
     from dataclasses import asdict
 
     shape = model.architecture
-    features = ("image_weights", "image_size", "flipped_view", "text_weights", "max_tokens")
+    features = ("image_weights", "image_size", "image_stages", "flipped_view", "text_weights", "max_tokens")
     return {
         "features": {name: getattr(shape, name) for name in features}
         | {"image_width": train.images.shape[1], "text_width": train.texts.shape[1]},

@@ -248,7 +248,7 @@ class _Images:
 
         shape, pack, split = self.model.architecture, self.pack, self.split
         key = _key(pack, split, shape.image_weights, image_weights_hash(shape.image_weights), self.device)
-        key |= {"image_size": shape.image_size, "flipped_view": shape.flipped_view} | more
+        key |= {"image_size": shape.image_size, "flipped_view": shape.flipped_view, "stages": shape.image_stages} | more
         key |= {} if self.crops is None else {"crops": asdict(self.crops)}
 
         def compute(encode: "Callable[[Any], Tensor]", allocate: "Allocate") -> object:

@@ -86,6 +86,7 @@ def architecture_of(image: ImageTower, text: TextTower, heads: Heads, loss: Loss
         # Where its last blocks learn, a locked tower is not computed once as a whole.
         image_locked=image.locked and not image.learn_blocks,
         learn_blocks=image.learn_blocks or None,
+        image_stages=image.stages,
         flipped_view=flipped_view,
         text_weights=text.weights,
         learn_layers=text.learn_layers,

@@ -170,6 +170,8 @@ def _as_json(
     facts: "Facts", check: Mapping[str, Any], html: Path | None, update: Path | None, changed: bool
 ) -> dict[str, Any]:
     """Return what the report says for programs: figures over seeds, those of the run's own dev split among them."""
+    from chimera_cli.reporting.contingency import measures_of
+
     pack = (facts.group.facts.get("pack") or {}).get("name")
     dev = next((one.figures for one in facts.evaluations if (one.pack, one.split) == (pack, "dev")), {})
     figures = dict(facts.figures) | dict(dev)
@@ -189,6 +191,7 @@ def _as_json(
             }
             for one in facts.evaluations
         ],
+        "measures": {str(seed): [dict(measure) for measure in measures_of(facts, seed)] for seed in facts.seeds},
         "benchmarks": {
             "prepare": _evidence(facts.prepare),
             "loader": _evidence(facts.loader),

@@ -31,7 +31,12 @@ from chimera_cli.services.slo_plan import find_steps, plan, settings_of
 from chimera_cli.slo.contingency import setting
 
 SLOW = [TRAINED | {"epoch_10k_pairs_s": 2e4}] * 3
-LOCKED = {"image.locked": True, "augmentation.crop_scale": 1.0, "augmentation.colour_jitter": 0}
+LOCKED = {
+    "image.locked": True,
+    "image.learn_blocks": 0,
+    "augmentation.crop_scale": 1.0,
+    "augmentation.colour_jitter": 0,
+}
 COMMAND = "chimera train full --config configs/train/joint.yaml --seeds 0,1,2 --set image.locked=false"
 
 
