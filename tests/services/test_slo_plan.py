@@ -36,6 +36,7 @@ LOCKED = {
     "image.learn_blocks": 0,
     "augmentation.crop_scale": 1.0,
     "augmentation.colour_jitter": 0,
+    "augmentation.views": 1,
 }
 COMMAND = "chimera train full --config configs/train/joint.yaml --seeds 0,1,2 --set image.locked=false"
 
