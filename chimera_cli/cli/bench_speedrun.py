@@ -18,7 +18,7 @@ Data = Annotated[str | None, typer.Option(help="Pack to train on; without it the
 
 
 def speedrun_command(
-    config: Recipe = Path("configs/train/locked.yaml"),
+    config: Recipe = Path("configs/train/speedrun.yaml"),
     seeds: Annotated[str, typer.Option(help="Seeds, one cold and one cached run each.")] = "0,1,2",
     target: Target = 0.66,
     cold_only: Annotated[bool, typer.Option("--cold-only", help="Leave out the runs with cached features.")] = False,
