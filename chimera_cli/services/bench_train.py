@@ -82,8 +82,12 @@ def bench_train(
         raise UsageError(f"--against {race.against}: only open_clip trains", "--against open_clip")
     need_peers(PEERS)
     _refuse_incomparable(config, race)
+    config = _same_towers(config, listener)
+    whole = full_recipe(config, race.batch)
     bench = open_bench(home, config.data, config.device, config.precision, listener)
-    refuse_unfit(config, bench)
+    for part, recipe in (("full", config), ("locked", whole)):
+        if race.parts != part:
+            refuse_unfit(recipe, bench)
     settings = {"recipe": config.model_dump()} | asdict(race)
     facts = group_facts(command, bench.pack, settings, bench.device)
     with (
@@ -91,7 +95,15 @@ def bench_train(
         group_session(home, "bench-train", label, [race.seed], facts) as group,
         seed_session(group, race.seed, settings, bench.device, [listener], 0) as session,
     ):
-        return {"group": group.name} | _measured(bench, config, race, session, listener)
+        return {"group": group.name} | _measured(bench, config, whole, race, session, listener)
+
+
+def _same_towers(config: TrainConfig, listener: Listener) -> TrainConfig:
+    """Return the recipe without stages beside the image features: the peer's tower gives none."""
+    if not config.image.stages:
+        return config
+    listener(Note("image.stages: 0 in this race: both have the same towers, and the peer knows no stages"))
+    return config.model_copy(update={"image": config.image.model_copy(update={"stages": 0})})
 
 
 def _refuse_incomparable(config: TrainConfig, race: TrainRace) -> None:
@@ -104,7 +116,12 @@ def _refuse_incomparable(config: TrainConfig, race: TrainRace) -> None:
 
 
 def _measured(
-    bench: Workbench, config: TrainConfig, race: TrainRace, session: "SeedSession", listener: Listener
+    bench: Workbench,
+    config: TrainConfig,
+    whole: TrainConfig,
+    race: TrainRace,
+    session: "SeedSession",
+    listener: Listener,
 ) -> dict[str, Any]:
     from chimera_cli.services.session import memory_figures
 
@@ -116,7 +133,6 @@ def _measured(
             task = _task(bench, config, race, files, config.epochs * epoch_updates(bench.pack, config.batch))
             details["locked"] = race_to_target(bench, config, race, task, session.tell, listener)
         if race.parts != "locked":
-            whole = full_recipe(config, race.batch)
             task = _task(bench, whole, race, files, race.updates + _WARM_UP)
             details["full"] = race_of_updates(bench, whole, race, task, session.tell)
     figures = memory_figures(bench.device) | _compared(details) | {"wall_s": time.perf_counter() - started_at}
@@ -143,7 +159,7 @@ def _compared(details: Mapping[str, Any]) -> dict[str, float | None]:
 def full_recipe(config: TrainConfig, batch: int) -> TrainConfig:
     """Return the recipe with both towers learning whole, without what needs cached features, at another batch."""
     values = config.model_dump()
-    values["image"] |= {"locked": False, "learn_blocks": 0}
+    values["image"] |= {"locked": False, "learn_blocks": 0, "stages": 0}
     values["text"]["learn_layers"] = None
     values["augmentation"]["views"] = 1
     values |= {"feature_noise": 0.0, "batch": batch, "micro_batch": None}

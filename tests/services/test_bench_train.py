@@ -17,6 +17,7 @@ from chimera_cli.cli.bench_train import _train_table, peer_words
 from chimera_cli.config import TrainConfig, load_config
 from chimera_cli.data.pack import open_pack
 from chimera_cli.errors import UsageError
+from chimera_cli.events import Note
 from chimera_cli.reporting.training_benchmarks import ratio_words
 from chimera_cli.runs import list_groups, read_json
 from chimera_cli.services import bench_train as service
@@ -296,6 +297,21 @@ def test_a_full_recipe_locks_nothing() -> None:
     config = full_recipe(recipe(*SMALL, "augmentation.views=3", "augmentation.crop_scale=0.8"), 8)
     assert (config.image.locked, config.text.learn_layers, config.augmentation.views) == (False, None, 1)
     assert (config.batch, config.augmentation.crop_scale) == (8, 0.8)
+
+
+@pytest.mark.parametrize("path", sorted(TOY.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_has_a_full_one(path: Path) -> None:
+    config = full_recipe(load_config(TrainConfig, path), 32)
+    assert (config.image.locked, config.image.stages, config.image.learn_blocks, config.batch) == (False, 0, 0, 32)
+
+
+def test_the_race_is_run_with_the_towers_that_the_peer_has_too() -> None:
+    told: list[Note] = []
+    staged = recipe(*SMALL, "image.stages=2")
+    config = service._same_towers(staged, told.append)
+    assert fresh_architecture(config).image_stages == 0
+    assert staged.image.stages == 2
+    assert "image.stages: 0" in told[0].message
 
 
 def test_what_can_not_be_compared_is_refused_before_anything_is_made(small_home: Path) -> None:

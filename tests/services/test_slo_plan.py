@@ -22,13 +22,13 @@ from made_runs import (
     make_run,
 )
 
-from chimera_cli.config import TrainConfig, load_config
+from chimera_cli.config import TrainConfig, load_config, validate
 from chimera_cli.errors import UsageError
 from chimera_cli.runs import Group, update_group
 from chimera_cli.services.provenance import plan_facts
 from chimera_cli.services.slo_explain import explain_objective
 from chimera_cli.services.slo_plan import find_steps, plan, settings_of
-from chimera_cli.slo.contingency import setting
+from chimera_cli.slo.contingency import changed, setting
 
 SLOW = [TRAINED | {"epoch_10k_pairs_s": 2e4}] * 3
 LOCKED = {
@@ -240,3 +240,19 @@ def test_of_two_steps_that_set_one_key_the_later_holds(tmp_path: Path) -> None:
     assert settings_of(steps) == LOCKED | {"image.locked": False}
     twice = find_steps(path, ["more-negatives", "more-negatives"], "train")
     assert settings_of(twice, {"batch": 100}) == {"batch": 400}
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TRAIN_STEPS = [
+    f"{objective['id']}/{action['id']}"
+    for objective in yaml.safe_load(LAW.read_text(encoding="utf-8"))["objectives"]
+    for action in objective["actions"]
+    if action.keys() & {"set", "at_most", "multiply"} and objective["id"] != "sanity"
+]
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", TRAIN_STEPS)
+def test_every_step_leads_from_every_shipped_recipe_to_one_that_can_be_trained(name: str, path: Path) -> None:
+    values = load_config(TrainConfig, path).model_dump()
+    validate(TrainConfig, changed(values, settings_of(find_steps(LAW, [name], "train"), values)), name)
