@@ -75,7 +75,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draws: Draws) -> Path:
         names = {"image_weights": config.image.weights, "text_weights": config.text.weights}
         return SimpleNamespace(
             architecture=SimpleNamespace(
-                **names, image_size=224, flipped_view=config.augmentation.flip, max_tokens=config.text.max_tokens
+                **names,
+                image_size=224,
+                image_stages=0,
+                flipped_view=config.augmentation.flip,
+                max_tokens=config.text.max_tokens,
             )
         )
 
