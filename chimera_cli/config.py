@@ -177,6 +177,11 @@ class TrainConfig(Frozen):
             raise ValueError(
                 "feature_noise needs the cached features of a whole set: set feature_noise: 0 with a stream"
             )
+        if self.feature_noise > 0 and self.image.learn_blocks and self.text.learn_layers != 0:
+            raise ValueError(
+                "feature_noise is for features of a tower that is locked whole, and there is none: set feature_noise:"
+                " 0, image.learn_blocks: 0 or text.learn_layers: 0"
+            )
         if (self.image.locked and self.image.weights == "tiny") or (
             self.text.learn_layers is not None and self.text.weights == "tiny"
         ):

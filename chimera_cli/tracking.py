@@ -340,7 +340,7 @@ def _deliver(store: _Store, path: Path, news: _News, memory: _Memory, documents:
         )
         if child is None:
             continue
-        sent = _send_events(store, directory, child) + _send_rows(store, directory, child, memory)
+        sent = _send_events(store, directory, child, memory) + _send_rows(store, directory, child, memory)
         if documents:
             over = not (news.live and seed in news.learning)
             sent += _send_documents(store, directory, child, over)
@@ -457,22 +457,32 @@ def _send_rows(store: _Store, directory: Path, ledger: dict[str, Any], memory: _
     return Delivered(metrics=sent)
 
 
-def _send_events(store: _Store, directory: Path, ledger: dict[str, Any]) -> Delivered:
+def _send_events(store: _Store, directory: Path, ledger: dict[str, Any], memory: _Memory) -> Delivered:
     """Send the contingency measures that the store has not got; where one took training back, newer steps are sent."""
     from mlflow.entities import Metric, RunTag
 
     rows = runs.read_json_lines(directory / runs.EVENTS)
     known = min(ledger.get("events", 0), len(rows))
+    if known != ledger.get("events", 0):
+        # A resume has cut them back to its checkpoint: those that come next are new ones.
+        ledger["events"] = known
+        _write_ledger(directory, store.key, ledger)
     if known == len(rows):
         return Delivered()
     metrics, tags = [], {"chimera.contingency": str(len(rows))}
     for number, row in enumerate(rows[known:], known + 1):
         metrics.append(Metric("contingency/measures", number, _milliseconds(row["at"]), int(row["step"])))
         tags[f"chimera.contingency.{number}"] = f"update {row['step']}: {row['what']}"[:5000]
+        if (side := (row.get("settings") or {}).get("image.image_size")) is not None:
+            # A parameter can't be changed: it stays what the seed was begun with.
+            tags["chimera.image_size"] = str(side)
         if row.get("back_to") is not None:
             # What was learned from there on is gone: its steps are made again, and are others.
             last = int(row["back_to"]) - 1
             ledger |= {name: min(ledger[name], last) for name in ("step", "evaluated_step")}
+            # The file was cut: the place reached in it means nothing any more.
+            for places in (memory.offsets, memory.clocks):
+                places.pop(directory / "metrics.jsonl", None)
     store.client.log_batch(ledger["run_id"], metrics=metrics, tags=[RunTag(*tag) for tag in tags.items()])
     ledger["events"] = len(rows)
     _write_ledger(directory, store.key, ledger)

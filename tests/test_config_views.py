@@ -65,3 +65,10 @@ def test_blocks_learn_in_a_locked_pretrained_tower_alone(changes: list[str], wor
     with pytest.raises(UsageError) as caught:
         load_config(TrainConfig, None, [f"image.{change}" for change in changes])
     assert words in caught.value.message
+
+
+def test_noise_needs_a_tower_that_is_locked_whole() -> None:
+    changes = ["image.learn_blocks=2", "feature_noise=0.1"]
+    assert load_config(TrainConfig, None, changes).feature_noise == 0.1, "the captions get it"
+    with pytest.raises(UsageError, match="feature_noise is for features of a tower that is locked whole"):
+        load_config(TrainConfig, None, [*changes, "text.learn_layers=1"])

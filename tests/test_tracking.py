@@ -229,6 +229,42 @@ def test_contingency_measures_are_counted_tagged_and_what_they_took_back_is_sent
     assert "events.jsonl" in read_json(directory / "mlflow.json")["stores"]["default"]["files"]
 
 
+def test_a_living_process_sends_what_was_made_again_after_a_cut(home: Path) -> None:
+    group = new_group(home, (0,))
+    directory = group.seed_dir(0)
+    begin(directory)
+    for number in range(3):
+        step(directory, number, 1.0)
+    store, memory = tracking._connect(home), tracking._Memory()
+    news = tracking._News(live=True, learning={0})
+    tracking._deliver(store, group.path, news, memory, documents=False)
+    row = {"event": "contingency", "at": utc_now(), "measure": "memory", "settings": {"image.image_size": 192}}
+    append_json_line(directory / "events.jsonl", row | {"step": 2, "what": "192 px", "back_to": 0})
+    (directory / "metrics.jsonl").unlink()
+    for number in range(5):
+        step(directory, number, 2.0)
+    tracking._deliver(store, group.path, news, memory, documents=False)
+    assert [place for place, loss in history(home, directory, "loss") if loss == 2.0] == [0, 1, 2, 3, 4]
+    assert run_of(home, directory).data.tags["chimera.image_size"] == "192"
+
+
+def test_a_measure_after_a_cut_of_the_record_is_sent(home: Path) -> None:
+    group = new_group(home, (0,))
+    directory = group.seed_dir(0)
+    begin(directory)
+    row = {"event": "contingency", "at": utc_now(), "measure": "memory", "settings": {}, "back_to": None}
+    for number in range(2):
+        append_json_line(directory / "events.jsonl", row | {"step": number, "what": f"measure {number}"})
+    tracking.sync(home, group)
+    write_text(directory / "events.jsonl", "")
+    tracking.sync(home, group)
+    append_json_line(directory / "events.jsonl", row | {"step": 7, "what": "another"})
+    tracking.sync(home, group)
+    tags = run_of(home, directory).data.tags
+    assert tags["chimera.contingency"] == "1"
+    assert tags["chimera.contingency.1"] == "update 7: another"
+
+
 def test_a_line_still_being_written_waits_for_its_end(home: Path) -> None:
     group = new_group(home, (0,))
     directory = group.seed_dir(0)

@@ -67,12 +67,12 @@ def full(
     plan: Plan = None,
     slo: SloFile = None,
     contingency: Annotated[
-        Literal["off", "auto"],
+        Literal["off", "auto"] | None,
         typer.Option(
             help="auto: less memory where it runs out, more threads where data is late, smaller images at last; back "
-            "and half the rates where the loss is no number."
+            "and half the rates where the loss is no number. Without it off; with --resume as the run was begun."
         ),
-    ] = "off",
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will take, and train nothing.")] = False,
     as_json: Json = False,
 ) -> None:

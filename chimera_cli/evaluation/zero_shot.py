@@ -105,10 +105,17 @@ def zero_shot_intervals(
     }
 
 
-def confusion(scores: Floats, labels: Ints) -> Ints:
-    """Return (classes, classes) how many images of the class of a row are given to that of a column."""
-    classes = scores.shape[1]
-    counts = np.bincount(labels * classes + scores.argmax(axis=1), minlength=classes * classes)
+def confusion(scores: Floats, labels: Ints, ranks: Ints) -> Ints:
+    """Return (classes, classes) how many images of the class of a row are given to that of a column.
+
+    `ranks` (images,) of the own classes, as `class_ranks` gives them, decide whether an image is found: another class
+    with an equal score takes it. One that is not found goes to the best of the other classes.
+    """
+    classes, images = scores.shape[1], np.arange(len(labels))
+    rivals = np.array(scores, dtype=np.float64)
+    rivals[images, labels] = -np.inf
+    given = np.where(ranks <= 1, labels, rivals.argmax(axis=1))
+    counts = np.bincount(labels * classes + given, minlength=classes * classes)
     table: Ints = counts.reshape(classes, classes).astype(np.int64)
     return table
 

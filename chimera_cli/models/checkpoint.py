@@ -54,8 +54,9 @@ def load_model(path: Path, device: torch.device) -> DualEncoder:
     """
     header, stored = _read(path)
     architecture = Architecture(**header["architecture"])
+    # Where no hash was recorded, the name was all that was known.
     was, here = header["weights"], weights_hashes(architecture)
-    changed = [name for name in was if was[name] != here.get(name)]
+    changed = [name for name in was if was[name] not in (None, here.get(name))]
     if changed:
         raise ChimeraError(
             f"{path} was trained with other weights of {', '.join(changed)} than are installed here",

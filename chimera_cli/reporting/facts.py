@@ -23,6 +23,8 @@ _BENCHMARKS = {
     "loader": "bench-loader",
     "encoders": "bench-encoders",
     "retrieval": "bench-retrieval",
+    "speedrun": "bench-speedrun",
+    "race": "bench-train",
 }
 _ON_CPU_ALONE = ("bench-prepare", "bench-retrieval")
 
@@ -61,7 +63,7 @@ class Curves:
 class Facts:
     """All that a report is made of.
 
-    `prepare` to `retrieval` are result.json of the newest group of their kind that fits; `activations` are the groups
+    `prepare` to `race` are result.json of the newest group of their kind that fits; `activations` are the groups
     on the same pack that took a contingency step, the oldest first; `seal_problems` maps what is wrong with result
     files (edited, cut off) to their names, relative to the folder of all runs.
     """
@@ -78,6 +80,8 @@ class Facts:
     loader: "Evidence | None"
     encoders: "Evidence | None"
     retrieval: "Evidence | None"
+    speedrun: "Evidence | None"
+    race: "Evidence | None"
     activations: tuple[Group, ...]
     seal_problems: Mapping[str, tuple[str, ...]]
 

@@ -61,7 +61,8 @@ def tidy(value: Any, key: str = "") -> Any:
         # The settings of another program have names of their own.
         return {name: tidy(item, "" if key == "settings" else name) for name, item in value.items()}
     if key in _MAPPINGS:
-        return {}
+        # The peer of a training by name, those of the data loader with all that is known of them.
+        return value if key == "against" and isinstance(value, str) else {}
     if isinstance(value, list):
         return [tidy(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,8 +9,9 @@ from chimera_cli.reporting.benchmarks import benchmarks_section
 from chimera_cli.reporting.document import Block, Code, Document, Mono, Paragraph, Section, Strong, Text, table
 from chimera_cli.reporting.facts import Evaluation, Facts
 from chimera_cli.reporting.retrieval import ladder_section, retrieval_section
+from chimera_cli.reporting.training_benchmarks import over_seeds
 from chimera_cli.reporting.verdicts import Verdicts, slo_section
-from chimera_cli.reporting.words import DASH, hardware_line, plural
+from chimera_cli.reporting.words import DASH, commit_words, hardware_line, plural
 from chimera_cli.statistics import Summary
 
 
@@ -36,7 +37,7 @@ def _lead(facts: Facts) -> tuple[Block, ...]:
     where: Text = (
         hardware_line(facts.group.facts.get("hardware") or {}),
         f"; chimera {facts.group.facts.get('chimera_version', '?')}, ",
-        *_commit(facts.environment),
+        *commit_words(facts.environment),
         ", source ",
         Mono(str(facts.group.facts.get("source_hash", "?"))[:12]),
         ".",
@@ -92,13 +93,6 @@ def _not_averaged(facts: Facts, evaluation: Evaluation) -> Text:
     return (Strong("Not averaged."), told, Mono(shlex.join(words)), ".")
 
 
-def _commit(environment: Mapping[str, Any]) -> tuple[Any, ...]:
-    commit = environment.get("git_commit")
-    if not commit:
-        return ("no git commit",)
-    return ("commit ", Mono(commit[:12]), " with uncommitted changes" if environment.get("git_dirty") else "")
-
-
 # ---- memory, environment, commands ----------------------------------------------------------------------------------
 
 
@@ -114,6 +108,12 @@ def _memory(facts: Facts) -> Section:
     ):
         if evidence is not None:
             rows.append((title, *(format_value(name, evidence.figures.get(name)) for name in names)))
+    for title, evidence in (
+        ("speedrun, highest of all seeds", facts.speedrun),
+        ("training beside a peer, ours", facts.race),
+    ):
+        if evidence is not None:
+            rows.append((title, *(_highest(name, summary) for name, summary in over_seeds(evidence, names).items())))
     columns = ("task", *(FIGURES[name].label for name in names))
     return Section("memory", "Memory and utilisation", (table(columns, rows, right=range(1, 5)),))
 
@@ -156,7 +156,15 @@ def _reproduce(facts: Facts, verdicts: Verdicts) -> Section:
 def commands(facts: Facts, verdicts: Verdicts) -> list[str]:
     """Return the commands that make the report again from nothing, each once, in their order."""
     facts_of = facts.group.facts
-    benchmarks = (facts.prepare, facts.sanity, facts.loader, facts.encoders, facts.retrieval)
+    benchmarks = (
+        facts.prepare,
+        facts.sanity,
+        facts.loader,
+        facts.encoders,
+        facts.retrieval,
+        facts.speedrun,
+        facts.race,
+    )
     pack = facts_of.get("pack") or {}
     splits = [e.split for e in facts.evaluations if e.pack == pack.get("name")] or ["dev"]
     wanted = [

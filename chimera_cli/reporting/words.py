@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from chimera_cli.figures import format_spread, format_value
-from chimera_cli.reporting.document import Mono, Text
+from chimera_cli.reporting.document import Mono, Span, Text
 from chimera_cli.statistics import Summary
 
 DASH = "–"
@@ -54,6 +54,14 @@ def hardware_line(hardware: Mapping[str, Any]) -> str:
     """Return the machine in one line."""
     cpu = f"{hardware.get('cpu') or 'unknown processor'}, {hardware.get('cores', '?')} cores"
     return f"{hardware['gpu']}; {cpu}" if hardware.get("gpu") else f"{cpu}, no GPU"
+
+
+def commit_words(environment: Mapping[str, Any]) -> tuple[Span, ...]:
+    """Return the commit of an environment.json, and whether it had uncommitted changes."""
+    commit = environment.get("git_commit")
+    if not commit:
+        return ("no git commit",)
+    return ("commit ", Mono(commit[:12]), " with uncommitted changes" if environment.get("git_dirty") else "")
 
 
 def sentence(text: str) -> str:

@@ -7,7 +7,7 @@ from chimera_cli.figures import FIGURES, format_value
 from chimera_cli.reporting import reading
 from chimera_cli.reporting.document import Block, Mono, Paragraph, Strong, table
 from chimera_cli.reporting.words import plural, spread
-from chimera_cli.runs import Group
+from chimera_cli.runs import MADE_WITH, Group
 from chimera_cli.statistics import summarise_known
 
 _FIGURES = ("zero_shot_top1", "zero_shot_top5", "zero_shot_class_recall")
@@ -19,21 +19,30 @@ _CLASSES = 20  # of more the report names the hardest
 def zero_shot_blocks(group: Group, seeds: Sequence[int]) -> Iterator[Block]:
     """Yield the classifications that `chimera eval --classes` has written for the seeds, file by file.
 
-    One that was edited, can't be read or does not fit those of the other seeds is named and left out.
+    One that was edited, can't be read or is of another run or seed is named and left out.
     """
     found: dict[str, dict[int, Mapping[str, Any]]] = {}
     for seed in seeds:
         for path in sorted((group.seed_dir(seed) / "evaluations" / "zero-shot").glob("*.json")):
             document, problem = reading.read(path)
-            name = "/".join(path.parts[-5:])
-            if problem or document.get("seed") != seed or not document.get("figures"):
-                yield Paragraph(
-                    (Mono(name), f" {problem or 'is no classification of this seed'} and is left out."), True
-                )
+            problem = problem or _unfit(document, group, seed)
+            if problem:
+                yield Paragraph((Mono("/".join(path.parts[-5:])), f" {problem} and is left out."), True)
             else:
                 found.setdefault(path.name, {})[seed] = document
     for by_seed in found.values():
         yield from _blocks(by_seed)
+
+
+def _unfit(document: Mapping[str, Any], group: Group, seed: int) -> str | None:
+    """Return why a file is no classification of this seed of this group; None where it is one."""
+    if document.get("seed") != seed or not document.get("figures"):
+        return "is no classification of this seed"
+    if document.get("group") != group.name:
+        return f"is of {document.get('group') or 'a run without a name'}"
+    made = reading.mapping_of(document.get("made_with"))
+    changed = [key for key in MADE_WITH if made.get(key) != group.facts.get(key)]
+    return f"is of a run that was made otherwise ({', '.join(changed)})" if changed else None
 
 
 def _blocks(by_seed: Mapping[int, Mapping[str, Any]]) -> Iterator[Block]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from chimera_cli.config import TrainConfig, load_config
 from chimera_cli.errors import ChimeraError, UsageError
-from chimera_cli.events import Listener, Note, Progress, ignore
+from chimera_cli.events import Listener, Progress, ignore
 from chimera_cli.runs import (
     MADE_WITH,
     SCHEMA_VERSION,
@@ -17,7 +17,7 @@ from chimera_cli.runs import (
     utc_now,
     write_sealed_json,
 )
-from chimera_cli.services.eval import evaluate_group, measure, stored_evaluation
+from chimera_cli.services.eval import deliver, evaluate_group, measure, stored_evaluation
 from chimera_cli.services.eval_subject import captions_of, count_look, open_subject
 from chimera_cli.slo.baseline import METHODS, baseline_path
 from chimera_cli.slo.evidence import pack_of
@@ -46,8 +46,9 @@ def evaluate_baseline(
     The baseline learns from the train split and is tuned on dev, whatever `split` it is measured on; it is written
     into the group, and a look at test counts there. Evaluations of the run that still hold are taken as they are.
     With a `recipe` or `changes` of one, or without a finished run on the pack, the pack stands alone: `run` in the
-    result is None and nothing is written, because nothing of a run is measured. Raises UsageError and ChimeraError as
-    `evaluate_group` does, and for features that can't be analysed.
+    result is None and nothing is written, because nothing of a run is measured; `split` is then train or dev, since a
+    look at test has to count somewhere. Raises UsageError and ChimeraError as `evaluate_group` does, and for features
+    that can't be analysed.
     """
     name = None if recipe is not None or changes else _run_on(home, run, data)
     if name is None and (run != "latest"):
@@ -69,6 +70,7 @@ def evaluate_baseline(
     document |= {"group": group.name, "made_with": {key: group.facts.get(key) for key in MADE_WITH}}
     path = baseline_path(group, pack.name, subject.split)
     write_sealed_json(path, document)
+    deliver(home, group, listener)
     return learned | {"baseline": read_json(path)}
 
 
@@ -98,11 +100,13 @@ def _alone(
     name = split_name(split)
     if name not in SPLITS:
         raise UsageError(f"the split {name!r} can't be evaluated", f"the splits are {', '.join(SPLITS)}")
+    if name == "test":
+        raise UsageError(
+            "there is no run to count a look at the test split with",
+            "take --split dev, or name the run to put the baseline beside with --run",
+        )
     pack = need_pack(home, data or config.data, listener)
     chosen = pick_device(device)
-    if name == "test":
-        message = "there is no run to count this look at the test split with; choose nothing by what it shows"
-        listener(Note(message, "warning"))
     document = _measured(_frozen(config, chosen), pack, name, chosen, resamples, listener)
     return {
         "schema_version": SCHEMA_VERSION,

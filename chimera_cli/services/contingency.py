@@ -9,7 +9,7 @@ from chimera_cli.config import TrainConfig
 from chimera_cli.errors import ChimeraError
 from chimera_cli.events import MeasureTaken
 from chimera_cli.runs import EVENTS, json_line, read_json_lines, write_text
-from chimera_cli.services.resume import BEGUN_CONFIG, HALVED, Kept, halvings, kept_by
+from chimera_cli.services.resume import BEGUN_CONFIG, HALVED, SIDE, Kept, halvings, kept_by
 
 if TYPE_CHECKING:
     from chimera_cli.services.session import SeedSession
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # A smaller image begins the seed anew. For speed alone no more than this share of the updates is given up.
 _GIVEN_UP_SHARE = 0.25
 # What changes the function that is trained, and therefore stands in config.yaml.
-_CHANGES_FUNCTION = ("image.image_size",)
+_CHANGES_FUNCTION = (SIDE,)
 # How many threads read for training: no key of a config.
 _THREADS = "loader_threads"
 
@@ -75,19 +75,24 @@ def _with(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
 
 
 def begin_ladder(
-    config: TrainConfig, session: "SeedSession", active: bool, kept: Kept, carried: Mapping[str, Any]
+    config: TrainConfig,
+    session: "SeedSession",
+    active: bool,
+    kept: Kept,
+    carried: Mapping[str, Any],
+    leads: bool = True,
 ) -> Ladder:
-    """Return the ladder of a seed as its checkpoint knows it, the record cut back to that.
+    """Return the ladder of a seed as its checkpoint knows it, the record cut back to that by the process that `leads`.
 
     A seed that begins takes over what the one before it had `carried` to its end: their figures are then of one
-    function, and memory runs out once.
+    function, and memory runs out once. So it does where the ladder is not `active`.
     """
     path = session.directory / EVENTS
-    if path.exists():
+    if leads and path.exists():
         write_text(path, "".join(json_line(row) for row in read_json_lines(path)[: len(kept.measures)]))
     ladder = Ladder(config, session, active, list(kept.measures))
     tell_config(ladder)
-    if active and carried and kept.content is None:
+    if carried and kept.content is None:
         words = ", ".join(f"{key} {value}" for key, value in carried.items())
         ladder.take(0, "carried over", f"begun with what the seed before it came to: {words}", carried)
     return ladder
@@ -166,8 +171,8 @@ def less_memory(ladder: Ladder, identity: Mapping[str, Any], error: BaseExceptio
     size = min(config.micro_batch or config.batch, config.batch)
     if size > 1 and config.image.weights != "tiny":
         what = f"out of memory: micro_batch {-(-size // 2)} in place of {size}, back to update {kept.updates}"
-        ladder.take(kept.updates, "memory", what, {"micro_batch": -(-size // 2)}, kept.updates)
         _cut_back(ladder.session.directory, kept.updates)
+        ladder.take(kept.updates, "memory", what, {"micro_batch": -(-size // 2)}, kept.updates)
         return kept
     side = ladder.smaller_image()
     if side is None:
@@ -189,26 +194,31 @@ def half_the_rates(ladder: Ladder, identity: Mapping[str, Any], error: ChimeraEr
         ) from error
     kept = kept_by(ladder.session.directory, identity, ladder.session.tell)
     what = f"{error.message}: back to update {kept.updates} at half the learning rates"
-    ladder.take(kept.updates, HALVED, what, back_to=kept.updates)
     _cut_back(ladder.session.directory, kept.updates)
+    ladder.take(kept.updates, HALVED, what, back_to=kept.updates)
     return kept
 
 
 def _begin_smaller(ladder: Ladder, step: int, measure: str, why: str, side: int) -> Kept:
-    """Return the beginning: with smaller images the seed is trained anew, so that its figures are of one function."""
+    """Return the beginning: with smaller images the seed is trained anew, so that its figures are of one function.
+
+    The checkpoints go first: a crash at any moment leaves a seed that goes on whole, or one that begins.
+    """
+    from chimera_cli.training.checkpoints import drop_checkpoints
+
     what = (
         f"{why}: images of {side} px in place of {ladder.now.image.image_size}. THE FUNCTION CHANGES: the seed begins "
         "anew, and is evaluated and recorded with them"
     )
-    ladder.take(step, measure, what, {"image.image_size": side}, 0)
     directory = ladder.session.directory
+    drop_checkpoints(directory / "checkpoints")
     _cut_back(directory, 0)
-    for name in ("best.safetensors", "best.json"):
-        (directory / "checkpoints" / name).unlink(missing_ok=True)
+    ladder.take(step, measure, what, {SIDE: side}, 0)
     return Kept()
 
 
 def _cut_back(directory: Path, updates: int) -> None:
+    """Cut the series back, before anybody is told: who then reads them finds none of the steps that are made again."""
     from chimera_cli.services.session import cut_back
 
     cut_back(directory, updates)

@@ -24,9 +24,18 @@ if TYPE_CHECKING:
 _SAMPLES = 8
 # Images, likewise; their pixels are read at each evaluation.
 _IMAGE_SAMPLES = 4
+# The source that decides features: of towers, of the looks of images, and which of them may be mirrored.
+_SOURCES = (
+    "models",
+    "training/features.py",
+    "training/batches.py",
+    "data/augmentation.py",
+    "data/captions.py",
+    "services/embeddings.py",
+)
 # Images whose maps are encoded at a time.
 _MAPS = 64
-# What this process has said of computing features, and the weights that it could make no session of.
+# What this process has said of computing features, and hashes of what it has tried in vain: no session, no cache.
 _said: set[str] = set()
 _unfit: set[str] = set()
 
@@ -191,6 +200,7 @@ def image_maps(
     locked or all are, and for a tower that can't be computed in two parts.
     """
     from chimera_cli.models.sessions import SessionError, compare_image_parts, map_session
+    from chimera_cli.runs import content_hash
 
     tower = model.image_tower
     if tower.locked_blocks is None:
@@ -202,7 +212,9 @@ def image_maps(
         _say_once(listener, f"{error}: nothing of the image tower is cached")
         return None
     compute = partial(images.cached, "maps", tower.lower_maps, partial(map_session, tower))
-    tried, key = f"{split}-maps of {model.architecture.image_weights} in half", {"blocks": tower.locked_blocks}
+    key = {"blocks": tower.locked_blocks}
+    looks = None if crops is None else asdict(crops)
+    tried = content_hash(["maps in half", pack.fingerprint, split, model.architecture.as_dict(), looks])
     if tried not in _unfit:
         try:
             return compute(key, half=True)
@@ -337,6 +349,7 @@ def caption_states(
     from chimera_cli.models.sessions import SessionError, compare_text_parts, state_session
     from chimera_cli.models.text_tower import text_weights_hash
     from chimera_cli.models.tokens import StateTable
+    from chimera_cli.runs import content_hash
     from chimera_cli.training import features
 
     shape, tower = model.architecture, model.text_tower
@@ -345,6 +358,9 @@ def caption_states(
     table = tower.token_table(pack.captions(split).texts, shape.max_tokens)
     key = _key(pack, split, shape.text_weights, text_weights_hash(shape.text_weights), device)
     key |= {"max_tokens": shape.max_tokens, "layers": tower.locked_layers}
+    tried = content_hash(["states", key])
+    if tried in _unfit:
+        return None
 
     def compute(encode: "Callable[[Any], Tensor]", allocate: "Allocate") -> object:
         stage = f"{split} caption states"
@@ -355,6 +371,7 @@ def caption_states(
         compare_text_parts(tower, table.samples(_SAMPLES), device)
         known = _cached(pack, f"{split}-states", key, session, tower.lower_states, compute, device, listener)
     except (SessionError, OverflowError) as error:
+        _unfit.add(tried)
         _say_once(listener, f"{error}: nothing of the text tower is cached")
         return None
     return StateTable(table, known.values), known.seconds
@@ -378,11 +395,12 @@ def _cached(
     What computed them is part of the key: features of two makes differ in their last digits and are never mixed.
     """
     from chimera_cli.models.sessions import SessionError, session_backend
+    from chimera_cli.runs import content_hash
     from chimera_cli.training.cache import cached
 
     folder = _features_dir(pack)
     backend = session_backend() if device.type == "cpu" else None
-    tried = f"{label} of {key['weights']}"
+    tried = content_hash([label, key])
     if backend is not None and tried not in _unfit:
         try:
             return cached(
@@ -426,7 +444,7 @@ def _key(pack: "Pack", split: str, weights: str, weights_hash: str | None, devic
         "versions": versions,
         # The stored seconds are evidence: those of another machine or of other code must not be taken for this one's.
         "hardware": hardware(device),
-        "source_sha256": source_hash("models", "training/features.py", "data/augmentation.py"),
+        "source_sha256": source_hash(*_SOURCES),
     }
 
 

@@ -67,21 +67,22 @@ def evaluate_group(
         listener(Evaluated(int(document["checkpoint_step"] or 0), name, document["figures"]))
         documents.append(document)
     _write_aggregate(group, pack, name, looks)
-    _deliver(home, group, listener)
+    deliver(home, group, listener)
     return _result(group, pack, name, documents, looks)
 
 
 def stored_evaluation(subject: Subject, resamples: int) -> dict[str, Any] | None:
     """Return what `evaluate_group` returned, from the files that it wrote; None where one of them no longer holds.
 
-    They hold while nobody edited them and checkpoint and content of the pack are the same.
+    They hold while nobody edited them and checkpoint, content of the pack and source code are the same.
     """
-    pack = subject.pack
+    pack, source = subject.pack, source_hash()
     documents = []
     for seed in subject.seeds:
         path = _path(subject.group.seed_dir(seed), pack, subject.split)
         document = read_json(path) if path.is_file() else {}
         facts = origin(subject.group, seed) | {"pack": {"name": pack.name, "fingerprint": pack.fingerprint}}
+        facts["source_hash"] = source
         same = all(document.get(key) == fact for key, fact in facts.items())
         if not same or seal_problem(document) or document["bootstrap"]["resamples"] != resamples:
             return None
@@ -111,7 +112,7 @@ def _store(folder: Path, name: str, document: Mapping[str, Any], ranks: "Ranks")
     return read_json(folder / f"{name}.json")
 
 
-def _deliver(home: Path, group: Group, listener: Listener) -> None:
+def deliver(home: Path, group: Group, listener: Listener) -> None:
     """Let MLflow have what has just been written; what can't be sent now waits for `chimera runs sync`."""
     from chimera_cli.tracking import track
 

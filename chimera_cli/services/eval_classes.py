@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from chimera_cli.errors import ChimeraError
 from chimera_cli.events import Listener, ignore
-from chimera_cli.runs import SCHEMA_VERSION, read_json, source_hash, utc_now, write_sealed_json
+from chimera_cli.runs import SCHEMA_VERSION, content_hash, read_json, source_hash, utc_now, write_sealed_json
 from chimera_cli.services.eval_subject import Subject, best_model, count_look, open_subject, tell_of_length
 from chimera_cli.statistics import summarise_known
 
@@ -20,6 +20,8 @@ BOOTSTRAP_SEED = 0
 FIGURES = ("zero_shot_top1", "zero_shot_top5", "zero_shot_class_recall")
 # Below the folder of evaluations, which holds those of retrieval.
 FOLDER = "zero-shot"
+# Letters of the column, and digits of the hash of the whole question, in the name of a file.
+_WORD, _DIGITS = 60, 10
 _GUESSES = 5  # classes told of an image without a label
 
 
@@ -60,6 +62,7 @@ def classify_images(
     """
     from chimera_cli.evaluation.prompt_files import read_classes, read_templates
     from chimera_cli.evaluation.zero_shot import TEMPLATES
+    from chimera_cli.services.eval import deliver
 
     choice = _Choice(read_classes(classes), TEMPLATES if templates is None else read_templates(templates))
     subject = open_subject(home, run, split, data, device)
@@ -85,6 +88,7 @@ def classify_images(
         for seed, pair in zip(subject.seeds, features, strict=True)
     ]
     _store(subject, known, documents)
+    deliver(home, subject.group, listener)
     return result | _over_seeds(choice, known, features, documents)
 
 
@@ -181,7 +185,7 @@ def _measure(
     figures = zero_shot_figures(ranks, count)
     figures["zero_shot_class_recall"] = class_recall(ranks, labels.truth, count)
     intervals = zero_shot_intervals(ranks, labels.truth, count, resamples, BOOTSTRAP_SEED)
-    by_class = class_results(confusion(class_scores(images, weights), labels.truth))
+    by_class = class_results(confusion(class_scores(images, weights), labels.truth, ranks))
     return {
         "schema_version": SCHEMA_VERSION,
         "pack": subject.facts["pack"],
@@ -208,8 +212,11 @@ def _chance(classes: int) -> dict[str, float | None]:
 
 
 def _store(subject: Subject, labels: _Labels, documents: Sequence[Mapping[str, Any]]) -> None:
-    """Write each seed's file, sealed."""
-    word = re.sub(r"[^A-Za-z0-9._-]+", "-", labels.column)
+    """Write each seed's file, sealed; what was asked stands in its name, so that no other question replaces it."""
+    first = documents[0]
+    # The word is for the reader: columns may differ in what no file name should hold.
+    word = re.sub(r"[^A-Za-z0-9._-]+", "-", labels.column)[:_WORD]
+    word += "-" + content_hash([labels.column, first["classes"], first["templates"]])[:_DIGITS]
     for document in documents:
         folder = subject.group.seed_dir(document["seed"]) / "evaluations" / FOLDER
         write_sealed_json(folder / f"{subject.pack.name}-{subject.split}-{word}.json", document)
@@ -224,10 +231,12 @@ def _over_seeds(
     """Return figures over the seeds, and of every class how often it is found and what it is taken for."""
     import numpy as np
 
-    from chimera_cli.evaluation.zero_shot import class_results, class_scores, confusion
+    from chimera_cli.evaluation.zero_shot import class_ranks, class_results, class_scores, confusion
 
     over = {name: summarise_known([document["figures"][name] for document in documents]) for name in FIGURES}
-    counts = np.sum([confusion(class_scores(*pair), labels.truth) for pair in features], axis=0)
+    counts = np.sum(
+        [confusion(class_scores(*pair), labels.truth, class_ranks(*pair, labels.truth)) for pair in features], axis=0
+    )
     return {
         "figures": {name: None if one is None else one.mean for name, one in over.items()},
         "over_seeds": {name: None if one is None else one.as_dict() for name, one in over.items()},

@@ -190,6 +190,8 @@ def take_up(
     from chimera_cli.training.loop import LoopState
 
     if kept.content is None:
+        if processes.leads:
+            _drop_best(directory / "checkpoints")
         return LoopState()
     state = restore(kept.content, learner, device, processes)
     halve_rates(learner.optimiser, learner.schedule, halvings(measures) - halvings(kept.measures))
@@ -202,7 +204,8 @@ def _mend_best(learner: "Learner", state: "LoopState", folder: Path) -> None:
     """Make best.safetensors the one that the checkpoint knows of.
 
     It is written after the checkpoint: a crash in between leaves an older one, which this model replaces. One of a
-    future that a damaged checkpoint took along goes: it will be made again.
+    future that a damaged checkpoint took along goes: it will be made again, and best.json tells so until then. Raises
+    ChimeraError where it is missing, or another, and this model is not it.
     """
     path = folder / "best.json"
     step = read_json(path).get("step") if path.is_file() else None
@@ -210,14 +213,20 @@ def _mend_best(learner: "Learner", state: "LoopState", folder: Path) -> None:
         return
     if state.best_step is not None and state.best_step == state.done - 1:
         save_best(learner, state, folder)
-    elif step is None or step >= state.done:
-        path.unlink(missing_ok=True)
+    elif step is not None and step >= state.done:
         (folder / "best.safetensors").unlink(missing_ok=True)
     else:
+        there = "no best model" if step in (None, state.best_step) else f"the best model of step {step}"
         raise ChimeraError(
-            f"{folder} holds the best model of step {step}, and the run's is that of step {state.best_step}",
-            "the files were changed; train anew",
+            f"{folder} holds {there}, and the run's is that of step {state.best_step}",
+            "the files were changed; restore them, or train anew",
         )
+
+
+def _drop_best(folder: Path) -> None:
+    """Remove the best model of a training that is given up: one made anew may be best at the same step."""
+    for name in ("best.json", "best.safetensors"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def save_best(learner: "Learner", state: "LoopState", folder: Path) -> None:
@@ -280,8 +289,11 @@ def highest(before: Mapping[str, float | None], now: Mapping[str, float | None])
 
 
 HALVED: Literal["half the learning rates"] = "half the learning rates"
+# The key that a smaller image changes.
+SIDE = "image.image_size"
 
 
 def halvings(measures: Sequence[MeasureTaken]) -> int:
-    """Return how often the learning rates were halved."""
-    return sum(measure.measure == HALVED for measure in measures)
+    """Return how often the learning rates were halved since the seed began, or began anew with smaller images."""
+    anew = [place for place, measure in enumerate(measures) if measure.back_to == 0 and SIDE in measure.settings]
+    return sum(measure.measure == HALVED for measure in measures[max(anew, default=0) :])

@@ -107,6 +107,7 @@ def _again(group: Group, facts: Mapping[str, Any], command: str) -> Group:
         # By its first process the tracking store knows the group.
         first_pid=before.get("first_pid", before.get("pid")),
         source_hash=sources[0] if sources[0] == sources[1] else content_hash(sources),
+        contingency=facts.get("contingency", "off"),
         resumed=[*before.get("resumed", []), {"at": utc_now(), "command": command}],
     )
 

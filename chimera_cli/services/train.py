@@ -89,14 +89,15 @@ def train_full(
     command: str,
     listener: Listener = ignore,
     resumed: Group | None = None,
-    contingency: Literal["off", "auto"] = "off",
+    contingency: Literal["off", "auto"] | None = None,
 ) -> dict[str, Any]:
     """Return the results of one group with one run per seed, the best checkpoint of each chosen by dev `rsum`.
 
     With `stream` set the pairs come from shards and the pack gives the dev split alone. `resumed` goes on instead of
     beginning anew: finished seeds stay, the interrupted one goes on from its checkpoint, the others are trained. Under
     `torchrun` each process trains on its share and all return the results. With `contingency` auto it helps itself
-    where memory runs out, the loader is too slow or the loss is no number, and says so in events.jsonl and the result.
+    where memory runs out, the loader is too slow or the loss is no number, and says so in events.jsonl and the result;
+    None takes what `resumed` was last run with, else off.
     Raises ChimeraError where the pack, the shards or a setting make training impossible, UsageError where the settings
     are not those of `resumed`.
     """
@@ -112,9 +113,10 @@ def train_full(
         refuse_unfit_pack(bench.pack, config.batch, ("train", "dev") if config.stream is None else ("dev",))
         _limit_memory(config.vram_limit_gb, bench.device)
         stream = open_stream(config, bench.pack, tell)
+        contingency = contingency or ("off" if resumed is None else resumed.facts.get("contingency", "off"))
         _refuse_shares(config, processes, contingency)
         facts = group_facts(command, bench.pack, config.model_dump(), bench.device)
-        facts |= {} if stream is None else {"stream": stream.facts()}
+        facts |= {"contingency": contingency} | ({} if stream is None else {"stream": stream.facts()})
         if resumed is not None:
             refuse_changes(resumed, config, seeds, facts)
             note_other_source(resumed, facts, tell)
@@ -166,10 +168,10 @@ def _one_seed(
     if done is not None:
         return done
     kept = kept_by(directory, job.identity(seed), listeners[0]) if job.resumed else Kept()
+    carried = {} if before is None else carried_on(before)
     if not job.processes.leads:
         silent = SeedSession(directory, ignore, "", lambda: None, lambda _figures, _details: {})
-        return dict(job.processes.share(_full_seed(job, seed, silent, kept, {})))
-    carried = {} if before is None else carried_on(before)
+        return dict(job.processes.share(_full_seed(job, seed, silent, kept, carried)))
     behind = (kept.updates, kept.started_at) if job.resumed else (None, None)
     settings = job.config.model_dump()
     with seed_session(group, seed, settings, job.bench.device, listeners, job.total, *behind) as session:
@@ -198,7 +200,7 @@ def _full_seed(job: _Job, seed: int, session: "SeedSession", kept: Kept, carried
     from chimera_cli.training.checkpoints import save_shown
 
     bench, config = job.bench, job.config
-    ladder = begin_ladder(config, session, job.contingency, kept, carried)
+    ladder = begin_ladder(config, session, job.contingency, kept, carried, job.processes.leads)
     learner, outcome, (features_s, features_pairs_s), started = _train_on(job, seed, session, kept, ladder)
     if outcome.interrupted:
         words = f"stopped after {outcome.updates:,} of {job.total:,} updates and saved"

@@ -80,6 +80,13 @@ def read_checkpoint(folder: Path, listener: Listener = ignore) -> dict[str, Any]
     return None
 
 
+def drop_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints, the index first: whatever a crash leaves of them, training begins anew."""
+    (folder / INDEX).unlink(missing_ok=True)
+    for path in folder.glob("step-*.pt"):
+        path.unlink(missing_ok=True)
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Return whether the folder names a checkpoint, whole or not."""
     return bool(_entries(folder))
@@ -134,7 +141,7 @@ def restore(
     where it was made by another number of processes: their random numbers are missing.
     """
     here = weights_hashes(learner.model.architecture)
-    changed = [name for name, was in content["weights"].items() if was != here.get(name)]
+    changed = [name for name, was in content["weights"].items() if was not in (None, here.get(name))]
     if changed:
         raise ChimeraError(
             f"the checkpoint was trained with other weights of {', '.join(changed)} than are installed here",

@@ -64,12 +64,22 @@ def test_recall_per_class_lets_no_frequent_class_speak_for_all() -> None:
 
 def test_confusion_and_what_it_says_of_each_class() -> None:
     scores = np.array([[0.9, 0.1, 0.0], [0.2, 0.3, 0.1], [0.1, 0.8, 0.2], [0.0, 0.5, 0.4], [0.7, 0.1, 0.0]])
-    counts = confusion(scores, np.array([0, 0, 1, 1, 1]))
+    counts = confusion(scores, np.array([0, 0, 1, 1, 1]), np.array([1, 2, 1, 1, 2]))
     assert counts.tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
     first, second, third = class_results(counts)
     assert first == ClassResult(2, 0.5, 1, 0.5)
     assert second == ClassResult(3, pytest.approx(2 / 3), 0, pytest.approx(1 / 3))
     assert third == ClassResult(0, None, None, None)
+
+
+def test_what_ties_is_found_in_no_table_as_in_no_figure() -> None:
+    weights, images = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    labels = np.array([0, 1, 2])
+    ranks = class_ranks(images, weights, labels)
+    counts = confusion(class_scores(images, weights), labels, ranks)
+    assert counts.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 1]]
+    recalls = [one.recall or 0.0 for one in class_results(counts)]
+    assert np.mean(recalls) == pytest.approx(class_recall(ranks, labels, 3))
 
 
 def test_scores_are_cosines_whatever_the_length_of_the_features() -> None:

@@ -12,9 +12,9 @@ from tiny_model import TINY
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.models.checkpoint import load_model, save_model
 from chimera_cli.models.dual_encoder import Architecture, build_dual_encoder, count_parameters
-from chimera_cli.models.image_tower import build_image_tower
+from chimera_cli.models.image_tower import build_image_tower, image_weights_hash
 from chimera_cli.models.text_tower import build_text_tower
-from chimera_cli.models.weights import DEFAULT_IMAGE, DEFAULT_TEXT, require_packaged_file
+from chimera_cli.models.weights import DEFAULT_IMAGE, DEFAULT_TEXT, file_hash, require_packaged_file
 
 CPU = torch.device("cpu")
 LOCKED = replace(
@@ -115,6 +115,25 @@ def test_other_weights_than_at_training_are_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("chimera_cli.models.checkpoint.image_weights_hash", lambda _name: "another")
     with pytest.raises(ChimeraError, match="other weights of efficientnet-lite0"):
         load_model(path, CPU)
+
+
+def test_local_image_weights_are_known_by_their_files(tmp_path: Path) -> None:
+    name = f"local-dir:{tmp_path}"
+    assert image_weights_hash(name) is None
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    first = image_weights_hash(name)
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    file_hash.cache_clear()
+    assert None is not first != image_weights_hash(name)
+    assert image_weights_hash("hf-hub:timm/resnet18") is None
+
+
+def test_a_model_of_which_the_name_alone_was_recorded_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "best.safetensors"
+    save_model(build_dual_encoder(TINY), path)
+    monkeypatch.setattr("chimera_cli.models.checkpoint.image_weights_hash", lambda _name: "known by now")
+    load_model(path, CPU)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,17 @@ from chimera_cli.config import TrainConfig
 from chimera_cli.data.pack import Caption, Item, Pack, Picture
 from chimera_cli.data.pack_writer import write_pack
 from chimera_cli.errors import UsageError
-from chimera_cli.events import Event, Note
 from chimera_cli.figures import RETRIEVAL
-from chimera_cli.runs import Group, create_group, finish_group, list_groups, read_sealed_json, write_json, write_text
+from chimera_cli.runs import (
+    Group,
+    create_group,
+    finish_group,
+    list_groups,
+    read_sealed_json,
+    write_json,
+    write_sealed_json,
+    write_text,
+)
 from chimera_cli.services import baseline, embeddings
 from chimera_cli.services.baseline import evaluate_baseline
 from chimera_cli.services.eval import evaluate_group
@@ -88,7 +96,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draws: Draws) -> Path:
     monkeypatch.setattr(embeddings, "embed_split", embed_split)
     monkeypatch.setattr(baseline, "_frozen", frozen)
     # MLflow makes a database for every home, which takes seconds.
-    monkeypatch.setattr("chimera_cli.services.eval._deliver", lambda *_arguments: None)
+    monkeypatch.setattr("chimera_cli.services.eval.deliver", lambda *_arguments: None)
+    monkeypatch.setattr(baseline, "deliver", lambda *_arguments: None)
+    # The real hash changes whenever somebody saves a file of the package, between two evaluations of one test too.
+    monkeypatch.setattr("chimera_cli.services.eval.source_hash", lambda: "5" * 64)
     make_pack(tmp_path)
     return tmp_path
 
@@ -126,6 +137,18 @@ def test_evaluations_that_hold_are_not_made_again(home: Path) -> None:
     second = evaluate_baseline(home, device="cpu", resamples=100)
     assert second["figures"] == first["figures"]
     assert read_sealed_json(path)["images"] == 20
+    write_sealed_json(path, read_sealed_json(path) | {"source_hash": "6" * 64, "images": 7})
+    evaluate_baseline(home, device="cpu", resamples=100)
+    assert read_sealed_json(path)["images"] == 20
+
+
+def test_a_tracking_server_gets_the_baseline_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = make_group(home, make_pack(home))
+    path = group.path / "evaluations" / "baselines" / "small-dev-cca.json"
+    sent: list[bool] = []
+    monkeypatch.setattr(baseline, "deliver", lambda *_arguments: sent.append(path.is_file()))
+    evaluate_baseline(home, device="cpu", resamples=100)
+    assert sent == [True]
 
 
 def test_the_same_figures_each_time_whatever_test_holds(home: Path, draws: Draws) -> None:
@@ -154,13 +177,14 @@ def test_a_pack_alone_needs_no_run_and_leaves_no_trace(home: Path, arguments: di
     if arguments:
         make_group(home, make_pack(home))
         make_pack(home, "other")
-    heard: list[Event] = []
     before = sorted(home.rglob("*"))
-    result = evaluate_baseline(home, split="test", device="cpu", resamples=100, listener=heard.append, **arguments)
+    result = evaluate_baseline(home, device="cpu", resamples=100, **arguments)
     assert sorted(home.rglob("*")) == before
     assert (result["run"], result["by_seed"], result["test_looks"]) == (None, [], None)
     assert result["figures"] == result["baseline"]["figures"]
-    assert any(isinstance(event, Note) and "no run to count" in event.message for event in heard)
+    # Nothing could count a look at test.
+    with pytest.raises(UsageError, match="no run to count a look at the test split with"):
+        evaluate_baseline(home, split="test", device="cpu", resamples=100, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,48 @@ def test_training_reads_maps_states_and_views_from_the_cache(pack: Pack) -> None
     assert "crops" not in stored["dev"]
 
 
+def test_states_beyond_half_precision_are_not_encoded_at_each_evaluation(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def overflows(*_arguments: object, **_settings: object) -> None:
+        tries.append(1)
+        raise OverflowError("states are beyond half precision")
+
+    monkeypatch.setattr(sessions, "session_backend", lambda: None)
+    monkeypatch.setattr("chimera_cli.training.features.caption_states", overflows)
+    model, ear = build_dual_encoder(replace(TINY, learn_layers=1)).eval(), Ear()
+    assert [caption_states(model, pack, split, CPU, ear) for split in ("dev", "dev", "test")] == [None] * 3
+    assert len(tries) == 2, "once for each split"
+    assert len([note for note in ear.notes if "beyond half precision" in note]) == 1
+
+
+@needs_sessions
+def test_a_misfit_of_one_size_says_nothing_of_another(
+    pack: Pack, model: DualEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def misfit(*_arguments: object) -> None:
+        tries.append(1)
+        raise SessionError("off")
+
+    monkeypatch.setattr(sessions, "session_backend", lambda: "onnxruntime 9.9")
+    monkeypatch.setattr(sessions, "image_session", misfit)
+    shape = model.architecture
+    for side in (32, 32, 64):
+        monkeypatch.setattr(model, "architecture", replace(shape, image_size=side))
+        pooled_image_features(model, pack, "dev", CPU, Ear())
+    assert len(tries) == 2
+
+
+@pytest.mark.parametrize("name", ["data/captions.py", "training/batches.py", "services/embeddings.py", "models"])
+def test_all_source_that_decides_features_is_in_the_key(pack: Pack, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("chimera_cli.runs.source_hash", lambda *parts: list(parts))
+    assert name in embeddings._key(pack, "dev", "tiny", None, CPU)["source_sha256"]
+
+
 def test_a_tower_that_cannot_be_parted_is_computed_whole(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_arguments: object) -> None:
         raise SessionError("this text tower can't be computed in two parts (no layers)")

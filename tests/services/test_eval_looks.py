@@ -17,7 +17,7 @@ from chimera_cli.data.pack import Caption, Item, Picture
 from chimera_cli.data.pack_writer import write_pack
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Event, Note, ignore
-from chimera_cli.runs import latest_group, read_json, read_sealed_json
+from chimera_cli.runs import Group, latest_group, read_json, read_sealed_json
 from chimera_cli.services.eval import evaluate_group
 from chimera_cli.services.eval_classes import classify_images
 from chimera_cli.services.eval_errors import error_page
@@ -88,7 +88,7 @@ def test_the_classes_of_the_toy_scenes_are_told_apart(home: Path, tmp_path: Path
     found = sum(one["images"] * one["recall"] for one in by_class.values() if one["images"])
     assert result["figures"]["zero_shot_top1"] == pytest.approx(found / 300)
     group = latest_group(home)
-    path = group.seed_dir(1) / "evaluations" / "zero-shot" / "toy-dev-background.json"
+    (path,) = (group.seed_dir(1) / "evaluations" / "zero-shot").glob("toy-dev-background-*.json")
     assert read_sealed_json(path) | result["by_seed"][1] == read_sealed_json(path)
     # Without labels the same model gives the same classes.
     guesses = classify_images(home, classes, templates, run=f"{group.name}/seed-0", device="cpu")["predictions"]
@@ -97,16 +97,23 @@ def test_the_classes_of_the_toy_scenes_are_told_apart(home: Path, tmp_path: Path
     assert share == pytest.approx(result["by_seed"][0]["figures"]["zero_shot_top1"], abs=0.005)
 
 
-def test_the_report_shows_what_was_classified(home: Path, tmp_path: Path) -> None:
+def test_the_report_shows_what_was_classified(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classes = lines(tmp_path / "classes.txt", *COLOURS)
+    sent: list[int] = []
+
+    def deliver(_home: Path, group: Group, *_rest: Any) -> None:
+        sent.append(len([*group.path.rglob("zero-shot/toy-dev-colour-*.json")]))
+
+    monkeypatch.setattr("chimera_cli.services.eval.deliver", deliver)
     classify_images(home, classes, None, "colour", device="cpu", resamples=100)
+    assert sent == [2]
     told = report(home).markdown
     assert "Zero-shot, toy, dev" in told
     assert re.search(r"zero-shot mean recall per class .*%.*n=2", told)
-    path = latest_group(home).seed_dir(0) / "evaluations" / "zero-shot" / "toy-dev-colour.json"
+    (path,) = (latest_group(home).seed_dir(0) / "evaluations" / "zero-shot").glob("toy-dev-colour-*.json")
     path.write_text(path.read_text().replace('"images": 300', '"images": 3000'))
     edited = report(home).markdown
-    assert "toy-dev-colour.json" in edited
+    assert path.name in edited
     assert "is left out" in edited
 
 

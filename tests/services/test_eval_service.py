@@ -73,7 +73,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(embeddings, "embed_split", embed_split)
     monkeypatch.setattr(embeddings, "embed_texts", embed_texts)
     # MLflow makes a database for every home, which takes seconds; its own tests and the whole road deliver to it.
-    monkeypatch.setattr("chimera_cli.services.eval._deliver", lambda *_arguments: None)
+    monkeypatch.setattr("chimera_cli.services.eval.deliver", lambda *_arguments: None)
     make_group(tmp_path, make_pack(tmp_path))
     return tmp_path
 

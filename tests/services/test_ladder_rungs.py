@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,10 +18,11 @@ from chimera_cli.events import Event, MeasureTaken, StepDone, ignore
 from chimera_cli.models.checkpoint import load_model
 from chimera_cli.runs import Group, list_groups, read_json, read_json_lines, resolve_run
 from chimera_cli.services import contingency as rungs
-from chimera_cli.services.resume import Kept, recorded_config, resumable_group
+from chimera_cli.services.resume import Kept, halvings, kept_by, recorded_config, resumable_group
 from chimera_cli.services.session import SeedSession, recorder
 from chimera_cli.services.train import _refuse_shares, train_full
 from chimera_cli.training import contingency
+from chimera_cli.training.checkpoints import write_checkpoint
 from chimera_cli.training.distributed import Processes
 from chimera_cli.training.large_batch import backward
 from chimera_cli.training.loop import LoopState
@@ -190,6 +191,66 @@ def test_the_record_is_cut_back_to_what_the_checkpoint_knows(tmp_path: Path) -> 
     assert (ladder.taken, ladder.now.micro_batch) == ([known], 3)
     (line,) = read_json_lines(tmp_path / "events.jsonl")
     assert {"event": "contingency", **row}.items() <= line.items()
+
+
+def test_what_a_seed_came_to_holds_for_the_next_without_the_ladder_too(tmp_path: Path) -> None:
+    session = SeedSession(tmp_path, ignore, "", lambda: None, lambda _figures, _details: {})
+    settings = {"image.image_size": 64, "micro_batch": 2}
+    ladder = rungs.begin_ladder(load_config(TrainConfig, None), session, False, Kept(), settings)
+    assert (ladder.now.image.image_size, ladder.now.micro_batch) == (64, 2)
+    assert [measure.measure for measure in ladder.taken] == ["carried over"]
+
+
+def test_before_the_records_are_cut_no_checkpoint_is_left_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ladder, told = ladder_of(tmp_path, "image.locked=false", "batch=2", "micro_batch=1")
+    folder = tmp_path / "checkpoints"
+    write_checkpoint({"identity": {}, "loop": {"done": 7}}, folder, 7, 2)
+
+    def killed(_directory: Path, _updates: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rungs, "_cut_back", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rungs.less_memory(ladder, {}, torch.OutOfMemoryError("CUDA out of memory"))
+    assert kept_by(tmp_path, {}, ignore) == Kept()
+    assert list(folder.iterdir()) == []
+    assert told == [], "nobody is told before the records are cut"
+
+
+def test_the_rates_may_be_halved_as_often_again_after_the_seed_began_anew(tmp_path: Path) -> None:
+    ladder, _ = ladder_of(tmp_path, "image.locked=false", "batch=2", "micro_batch=1")
+    broken = ChimeraError("the loss is nan at step 3", "")
+    for _ in range(3):
+        rungs.half_the_rates(ladder, {}, broken)
+    rungs.less_memory(ladder, {}, torch.OutOfMemoryError("CUDA out of memory"))
+    for done in range(3):
+        assert halvings(ladder.taken) == done
+        rungs.half_the_rates(ladder, {}, broken)
+    with pytest.raises(ChimeraError, match="after 3 times half the learning rate"):
+        rungs.half_the_rates(ladder, {}, broken)
+
+
+@pytest.mark.parametrize(("given", "stays"), [(None, "auto"), ("off", "off")])
+def test_a_run_goes_on_with_the_ladder_it_was_begun_with(
+    small_home: Path, scarce: None, given: Literal["off"] | None, stays: str
+) -> None:
+    def interrupt(event: Event) -> None:
+        if isinstance(event, StepDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        helped(small_home, 96, listener=interrupt)
+    group = resumable_group(small_home, "latest")
+    ends = pytest.raises(ChimeraError, match="too little memory") if stays == "off" else nullcontext()
+    with pytest.MonkeyPatch.context() as patch, ends:
+        # Without relief the loop takes the gradient by itself.
+        patch.setattr("chimera_cli.training.loop.backward", contingency.backward)
+        train_full(small_home, config(96), (0,), "r", "x", ignore, group, given)
+    found = resolve_run(small_home, group.name)[0]
+    assert found.facts["contingency"] == stays
+    assert (found.seed_dir(0) / "events.jsonl").exists() == (stays == "auto")
 
 
 # ---- the loader -----------------------------------------------------------------------------------------------------

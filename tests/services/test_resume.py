@@ -227,6 +227,29 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(small_hom
     assert rows(group) == rows(whole)
 
 
+def test_a_best_model_that_is_lost_is_told_and_not_made_of_another(small_home: Path) -> None:
+    group = stopped(small_home, at=13)
+    for name in ("best.json", "best.safetensors"):
+        (group.seed_dir(0) / "checkpoints" / name).unlink()
+        with pytest.raises(ChimeraError, match="checkpoints holds no best model, and the run's is that of step 9"):
+            again(small_home, group)
+    assert not (group.seed_dir(0) / "checkpoints" / "best.safetensors").exists()
+
+
+def test_a_seed_that_begins_anew_has_no_best_model_of_before(small_home: Path, whole: Group) -> None:
+    group = stopped(small_home, at=13)
+    folder = group.seed_dir(0) / "checkpoints"
+    (folder / "checkpoints.json").unlink()
+    seen: list[bool] = []
+
+    def listen(event: Event) -> None:
+        seen.extend([(folder / "best.json").exists()] if isinstance(event, StepDone) and event.step == 0 else [])
+
+    again(small_home, group, listener=listen)
+    assert seen == [False]
+    assert weights(group) == weights(whole)
+
+
 def test_where_no_checkpoint_is_whole_it_is_refused(small_home: Path) -> None:
     group = stopped(small_home, at=13)
     for path in (group.seed_dir(0) / "checkpoints").glob("step-*.pt"):
