@@ -91,6 +91,10 @@ def joined(device: torch.device) -> Iterator[Processes]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Processes(rank, world, device, _exchange(rank, world), _share)
+        if device.type == "cpu":
+            # gloo's threads are waited for while Python's lock is held; one that still lets go of a tensor needs that
+            # lock, and both would wait for ever. Behind a barrier, which has no tensors, they are idle.
+            dist.barrier()
     finally:
         dist.destroy_process_group()
 
