@@ -92,8 +92,8 @@ def joined(device: torch.device) -> Iterator[Processes]:
     try:
         yield Processes(rank, world, device, _exchange(rank, world), _share)
         if device.type == "cpu":
-            # gloo's threads are waited for while Python's lock is held; one that still lets go of a tensor needs that
-            # lock, and both would wait for ever. Behind a barrier, which has no tensors, they are idle.
+            # One process was seen waiting for ever in destroy_process_group after the other had left. Likely gloo's
+            # threads, still letting go of tensors, want the lock of Python that is held there; now they are idle.
             dist.barrier()
     finally:
         dist.destroy_process_group()
