@@ -135,11 +135,13 @@ class TrainConfig(Frozen):
     in place of the pack's train split; dev stays the pack's. `stream_buffer` samples are mixed at a time, and the share
     `stream_max_bad` of the images may be unreadable.
 
-    `micro_batch` pairs are in memory with their activations at a time, null for the whole batch: the gradient is the
-    same. `checkpointing` computes activations again instead of keeping them. `ema` is the decay of the average of the
-    weights that is evaluated and kept, 0 for none. Checkpoints to go on from are written every `save_every_updates`
-    (null: never for that) and `save_every_minutes`, after the best evaluation and when interrupted; `keep` of them
-    stay. `vram_limit_gb` makes the allocator refuse more than the card that is planned for has.
+    `batch` counts pairs; an image stands in its batch `captions_per_image` times, each time with another of its
+    captions, all of which are its positives. `micro_batch` pairs are in memory with their activations at a time, null
+    for the whole batch: the gradient is the same. `checkpointing` computes activations again instead of keeping them.
+    `ema` is the decay of the average of the weights that is evaluated and kept, 0 for none. Checkpoints to go on from
+    are written every `save_every_updates` (null: never for that) and `save_every_minutes`, after the best evaluation
+    and when interrupted; `keep` of them stay. `vram_limit_gb` makes the allocator refuse more than the card that is
+    planned for has.
     """
 
     data: str | None = None
@@ -155,6 +157,7 @@ class TrainConfig(Frozen):
     feature_noise: NotNegative = 0.0
     epochs: int = Field(20, ge=1)
     batch: int = Field(500, ge=2)
+    captions_per_image: int = Field(1, ge=1)
     micro_batch: int | None = Field(None, ge=1)
     checkpointing: bool = False
     ema: Share = 0.0
@@ -177,6 +180,8 @@ class TrainConfig(Frozen):
             raise ValueError(
                 "feature_noise needs the cached features of a whole set: set feature_noise: 0 with a stream"
             )
+        if self.stream is not None and self.captions_per_image > 1:
+            raise ValueError("a stream has one caption of an image at a time: set captions_per_image: 1")
         if self.feature_noise > 0 and self.image.learn_blocks and self.text.learn_layers != 0:
             raise ValueError(
                 "feature_noise is for features of a tower that is locked whole, and there is none: set feature_noise:"

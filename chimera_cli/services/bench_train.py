@@ -130,7 +130,7 @@ def _measured(
     with TemporaryDirectory(prefix="chimera-peer-files-") as folder:
         files = _peer_files(bench, Path(folder), session.tell)
         if race.parts != "full":
-            task = _task(bench, config, race, files, config.epochs * epoch_updates(bench.pack, config.batch))
+            task = _task(bench, config, race, files, config.epochs * _updates(bench, config))
             details["locked"] = race_to_target(bench, config, race, task, session.tell, listener)
         if race.parts != "locked":
             task = _task(bench, whole, race, files, race.updates + _WARM_UP)
@@ -164,6 +164,11 @@ def full_recipe(config: TrainConfig, batch: int) -> TrainConfig:
     values["augmentation"]["views"] = 1
     values |= {"feature_noise": 0.0, "batch": batch, "micro_batch": None}
     return validate(TrainConfig, values, "full fine-tuning")
+
+
+def _updates(bench: Workbench, config: TrainConfig) -> int:
+    """Return the updates of an epoch."""
+    return epoch_updates(bench.pack, config.batch, config.captions_per_image)
 
 
 # ---- files of the peer ----------------------------------------------------------------------------------------------
@@ -219,6 +224,7 @@ def _task(bench: Workbench, config: TrainConfig, race: TrainRace, files: Mapping
         dim=config.heads.dim,
         temperature=config.loss.temperature,
         batch=config.batch,
+        captions_per_image=config.captions_per_image,
         total=total,
         lr=race.peer_lr,
         weight_decay=config.optimiser.weight_decay,
@@ -262,7 +268,7 @@ def race_to_target(
 
     The peer stands still while ours run. `silent` hears our second run, whose steps are those of the first again.
     """
-    lap_updates = epoch_updates(bench.pack, config.batch)
+    lap_updates = _updates(bench, config)
     if race.peer_updates is not None:
         lap_updates = math.ceil(race.peer_updates / _PROJECTED_LAPS)
     limit = task.total if race.peer_updates is None else _PROJECTED_LAPS * lap_updates

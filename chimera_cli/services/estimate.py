@@ -61,7 +61,7 @@ def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) 
     figures["vram_estimate_gb"] = _MARGIN * sum(parts.values()) / GIB
     figures["features_cache_gb"] = cached / GIB
     figures["ram_estimate_gb"] = _ram_bytes(config, parts, torch.cuda.is_available()) / GIB
-    figures["updates"] = config.epochs * epoch_updates(pack, config.batch)
+    figures["updates"] = config.epochs * epoch_updates(pack, config.batch, config.captions_per_image)
     figures["wall_s"] = _measured(home, config)
     details = {"pack": pack.name, "batch": config.batch, "micro_batch": pairs, "checkpointing": config.checkpointing}
     return {"figures": figures, "details": details}

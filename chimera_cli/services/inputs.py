@@ -93,6 +93,7 @@ def training_batches(
     colour_jitter: float = 0.0,
     views: int = 1,
     feature_noise: float = 0.0,
+    captions_per_image: int = 1,
     shuffled: bool = False,
     start: tuple[int, int] = (0, 0),
     rank: int = 0,
@@ -100,7 +101,7 @@ def training_batches(
 ) -> "Generator[PairBatch, None, None]":
     """Return the endless batches of the train split, from cached features as far as the towers are locked.
 
-    Of the `views` that are cached of an image every epoch shows another one at random. The batches begin at `start`,
+    Of the `views` that are cached of an image each pair shows another one at random. The batches begin at `start`,
     (epoch, number in the epoch), with what an uninterrupted sequence has there; of the `batch`
     pairs process `rank` of `world` gets its share. Where pixels or tokens have to be made, a thread makes those of the
     next batch while this one is trained on.
@@ -119,6 +120,7 @@ def training_batches(
         device=bench.device,
         start=start,
         prefetch=0 if cached else 1,
+        captions_per_image=captions_per_image,
         rank=rank,
         world=world,
     )

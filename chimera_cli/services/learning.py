@@ -29,14 +29,16 @@ def open_bench(home: Path, data: str | None, device: str, precision: Any, listen
     return Workbench(pack, picked, pick_precision(precision, device_capability(picked)))
 
 
-def refuse_unfit_pack(pack: "Pack", batch: int, needed: Sequence[str]) -> None:
+def refuse_unfit_pack(pack: "Pack", batch: int, needed: Sequence[str], captions_per_image: int = 1) -> None:
     """Raise before anything is made where the pack has too few train images, or a needed split is without captions."""
     splits = pack.manifest["splits"]
     images = splits["train"]["images"]
-    if "train" in needed and images < batch:
+    pairs = images * captions_per_image
+    if "train" in needed and pairs < batch:
+        times = f" with {captions_per_image} captions each" if captions_per_image > 1 else ""
         raise ChimeraError(
-            f"batch {batch} is larger than the {images} training images of {pack.name}",
-            f"--set batch={max(2, images // 2)}",
+            f"batch {batch} is larger than the {images} training images of {pack.name}{times}",
+            f"--set batch={max(2, pairs // 2)}",
         )
     for split in needed:
         if splits[split]["images"] == 1:
@@ -66,9 +68,9 @@ def _refuse_missing_captions(pack: "Pack") -> None:
     )
 
 
-def epoch_updates(pack: "Pack", batch: int) -> int:
-    """Return how many updates show every training image once."""
-    return max(1, round(len(pack.split_indices("train")) / batch))
+def epoch_updates(pack: "Pack", batch: int, captions_per_image: int = 1) -> int:
+    """Return how many updates show every training image with so many of its captions."""
+    return max(1, round(len(pack.split_indices("train")) * captions_per_image / batch))
 
 
 def fresh_architecture(config: TrainConfig) -> "Architecture":

@@ -53,7 +53,7 @@ def refuse_unfit(config: TrainConfig, bench: Workbench) -> None:
     """Raise UsageError for a recipe, ChimeraError for a pack, that can't be timed from the pack to a recall on dev."""
     if config.stream is not None:
         raise UsageError("a stream is not timed from a pack", "--set stream=null")
-    refuse_unfit_pack(bench.pack, config.batch, ("train", "dev"))
+    refuse_unfit_pack(bench.pack, config.batch, ("train", "dev"), config.captions_per_image)
 
 
 def caches_features(config: TrainConfig) -> bool:
@@ -131,8 +131,16 @@ def recipe_pairs(
     bench: Workbench, model: "DualEncoder", config: TrainConfig, seed: int, tell: Listener
 ) -> "Generator[PairBatch, None, None]":
     """Return the endless pairs that a recipe trains on."""
-    noise = config.feature_noise
-    return training_batches(bench, model, config.batch, seed, tell, feature_noise=noise, **_views(config))
+    return training_batches(
+        bench,
+        model,
+        config.batch,
+        seed,
+        tell,
+        feature_noise=config.feature_noise,
+        captions_per_image=config.captions_per_image,
+        **_views(config),
+    )
 
 
 def _train(
@@ -144,7 +152,7 @@ def _train(
     keeper: "Keeper",
     tell: Listener,
 ) -> "Outcome":
-    every = epoch_updates(bench.pack, config.batch)
+    every = epoch_updates(bench.pack, config.batch, config.captions_per_image)
     total = config.epochs * every
     return run_loop(
         new_learner(model, config.optimiser, bench, total, config.ema),

@@ -110,7 +110,8 @@ def train_full(
         # A run without a pack's name goes on with the pack it was begun with, not with one that is newer.
         data = config.data if resumed is None or config.data else str(resumed.facts["pack"]["name"])
         bench = open_bench(home, data, config.device, config.precision, tell)
-        refuse_unfit_pack(bench.pack, config.batch, ("train", "dev") if config.stream is None else ("dev",))
+        needed = ("train", "dev") if config.stream is None else ("dev",)
+        refuse_unfit_pack(bench.pack, config.batch, needed, config.captions_per_image)
         _limit_memory(config.vram_limit_gb, bench.device)
         stream = open_stream(config, bench.pack, tell)
         contingency = contingency or ("off" if resumed is None else resumed.facts.get("contingency", "off"))
@@ -211,7 +212,7 @@ def _full_seed(job: _Job, seed: int, session: "SeedSession", kept: Kept, carried
     figures = _full_figures(bench, session, outcome, features_s, features_pairs_s)
     figures |= highest(kept.peaks, {name: figures[name] for name in figures if "_peak_" in name})
     figures["wall_s"] = kept.wall_s + time.perf_counter() - started
-    details = dict(count_parameters(learner.model)) | _full_details(bench, outcome, config.batch, job.stream)
+    details = dict(count_parameters(learner.model)) | _full_details(bench, outcome, config, job.stream)
     details |= {"contingency": as_rows(ladder.taken)} if job.contingency or ladder.taken else {}
     return session.finish(figures, details)
 
@@ -353,6 +354,7 @@ def _full_pairs(
         colour_jitter=config.augmentation.colour_jitter,
         views=config.augmentation.views,
         feature_noise=config.feature_noise,
+        captions_per_image=config.captions_per_image,
         start=start,
         rank=job.processes.rank,
         world=job.processes.world,
@@ -374,7 +376,15 @@ def _read_ahead(
 
     def order() -> "Iterator[NDArray[np.int64]]":
         for epoch in itertools.count(start[0]):
-            batches = pair_order(rows, job.config.batch, seed, epoch, rank=job.processes.rank, world=world)
+            batches = pair_order(
+                rows,
+                job.config.batch,
+                seed,
+                epoch,
+                captions_per_image=job.config.captions_per_image,
+                rank=job.processes.rank,
+                world=world,
+            )
             for positions, _ in itertools.islice(batches, start[1] if epoch == start[0] else 0, None):
                 yield indices[positions]
 
@@ -385,19 +395,19 @@ def _read_ahead(
 def _epoch_updates(bench: Workbench, config: TrainConfig, stream: Stream | None) -> int:
     """Return the updates between two evaluations: an epoch of the pack, or of the samples a stream was counted to."""
     if stream is None:
-        return epoch_updates(bench.pack, config.batch)
+        return epoch_updates(bench.pack, config.batch, config.captions_per_image)
     return stream.updates_per_epoch(config.batch)
 
 
-def _full_details(bench: Workbench, outcome: "Outcome", batch: int, stream: Stream | None) -> dict[str, Any]:
+def _full_details(bench: Workbench, outcome: "Outcome", config: TrainConfig, stream: Stream | None) -> dict[str, Any]:
     images = len(bench.pack.split_indices("train")) if stream is None else stream.shards.samples
     details = {
         "best_step": outcome.best_step,
         "best_epoch": outcome.best_epoch,
         "best_dev": dict(outcome.best_figures or {}),
-        "epochs_done": round(outcome.pairs / images, 2),
+        "epochs_done": round(outcome.pairs / (images * config.captions_per_image), 2),
         "stopped_early": outcome.stopped_early,
-        "batch": batch,
+        "batch": config.batch,
         "precision": bench.precision,
         "device": bench.device.type,
     }

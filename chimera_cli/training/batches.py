@@ -1,4 +1,4 @@
-"""From a pack to batches of pairs: one caption per image and epoch, in an order that seed and epoch alone decide."""
+"""From a pack to batches of pairs: captions of every image each epoch, in an order that seed and epoch alone decide."""
 
 import itertools
 from collections.abc import Callable, Generator, Iterator
@@ -60,35 +60,56 @@ class Place:
 
 
 def pair_order(
-    captions_by_image: list[Indices], batch: int, seed: int, epoch: int, *, rank: int = 0, world: int = 1
+    captions_by_image: list[Indices],
+    batch: int,
+    seed: int,
+    epoch: int,
+    *,
+    captions_per_image: int = 1,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[tuple[Indices, Indices]]:
     """Yield (image positions, caption rows) of one epoch: every image once, with one of its captions at random.
 
-    The batches are as even as can be, so that no tail of one or two pairs makes a step of its own. `batch` counts the
-    pairs of all `world` processes: together their batches are those of a single process, pair by pair, and the shares
-    of a process in an epoch are `epoch_order(n, seed, epoch, rank, world)`.
+    With `captions_per_image` k an image stands k times in a row in its batch, each time with another caption as long as
+    it has so many. The batches are as even as can be, so that no tail of one or two pairs makes a step of its own.
+    `batch` counts the pairs of all `world` processes: together their batches are those of a single process, pair by
+    pair, and for k = 1 the shares of a process in an epoch are `epoch_order(n, seed, epoch, rank, world)`.
     """
-    for place, positions, rows in _places(captions_by_image, batch, seed, epoch, rank, world):
+    for place, positions, rows in _places(captions_by_image, batch, seed, epoch, captions_per_image, rank, world):
         yield positions[place.part], rows[place.part]
 
 
 def _places(
-    captions_by_image: list[Indices], batch: int, seed: int, epoch: int, rank: int, world: int
+    captions_by_image: list[Indices],
+    batch: int,
+    seed: int,
+    epoch: int,
+    captions_per_image: int,
+    rank: int,
+    world: int,
 ) -> Iterator[tuple[Place, Indices, Indices]]:
     """Yield where each batch of an epoch stands, with the positions and caption rows of all processes."""
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is not in 0..{world - 1}")
     order = epoch_order(len(captions_by_image), seed, epoch)
     choices = np.random.default_rng(np.random.SeedSequence([seed, epoch, 1]))
-    count = max(1, round(len(order) / batch))
+    count = max(1, round(len(order) * captions_per_image / batch))
     done = 0
     for number, positions in enumerate(np.array_split(order, count)):
-        rows = [
-            captions_by_image[position][choices.integers(len(captions_by_image[position]))] for position in positions
-        ]
+        rows = np.concatenate(
+            [_drawn(captions_by_image[position], captions_per_image, choices) for position in positions]
+        )
         part = slice((rank - done) % world, None, world)
-        yield Place(epoch, number, len(positions), part), positions, np.asarray(rows, dtype=np.int64)
-        done += len(positions)
+        yield Place(epoch, number, len(rows), part), np.repeat(positions, captions_per_image), rows
+        done += len(rows)
+
+
+def _drawn(captions: Indices, count: int, choices: np.random.Generator) -> Indices:
+    """Return `count` of an image's captions at random, none twice before each was there once."""
+    if count == 1:
+        return captions[[choices.integers(len(captions))]]
+    return np.resize(choices.permutation(captions), count)
 
 
 def pair_batches(
@@ -102,6 +123,7 @@ def pair_batches(
     device: torch.device,
     start: tuple[int, int] = (0, 0),
     prefetch: int = 0,
+    captions_per_image: int = 1,
     rank: int = 0,
     world: int = 1,
 ) -> Generator[PairBatch, None, None]:
@@ -110,12 +132,12 @@ def pair_batches(
     `images` gives the images at positions, `texts` the captions of rows, both told where the batch stands;
     `image_ids` is (images,). What comes from `start` on equals what an uninterrupted sequence has there, bit for bit.
     `prefetch` batches are made by a thread while the consumer computes: it changes no value. A batch is then valid
-    until the next one is asked for. `batch`, `rank` and `world` as in `pair_order`.
+    until the next one is asked for. `batch`, `captions_per_image`, `rank` and `world` as in `pair_order`.
     """
 
     def made() -> Iterator[PairBatch]:
         for epoch in itertools.count(start[0]):
-            places = _places(captions_by_image, batch, seed, epoch, rank, world)
+            places = _places(captions_by_image, batch, seed, epoch, captions_per_image, rank, world)
             for place, all_positions, all_rows in itertools.islice(places, start[1] if epoch == start[0] else 0, None):
                 positions, rows = all_positions[place.part], all_rows[place.part]
                 ids = torch.from_numpy(image_ids[positions]).to(device)

@@ -229,6 +229,8 @@ def test_what_can_not_be_trained_on_is_refused_and_leaves_no_group(
         trained(pack_home, (*SCRATCH, f"stream={tmp_path}"))
     with pytest.raises(UsageError, match="feature_noise needs the cached features"):
         load_config(TrainConfig, None, [*LOCKED, "stream=x", "feature_noise=0.1"])
+    with pytest.raises(UsageError, match="a stream has one caption of an image at a time"):
+        load_config(TrainConfig, None, [*LOCKED, "stream=x", "captions_per_image=2"])
     with pytest.raises(UsageError, match="stream: string should have at least 1 character"):
         load_config(TrainConfig, None, [*LOCKED, "stream=''"])
     assert len(list_groups(pack_home)) == before

@@ -119,8 +119,16 @@ def test_embeddings_of_the_best_checkpoint_repeat_its_dev_figures(small_home: Pa
     assert figures == pytest.approx(result["results"][0]["details"]["best_dev"])
 
 
+def test_an_epoch_with_several_captions_an_image_has_so_many_more_pairs(small_home: Path) -> None:
+    changes = [*LOCKED, "epochs=2", "captions_per_image=4", "batch=300"]
+    result = train_full(small_home, load_config(TrainConfig, None, changes), (0,), "locked", "x")
+    rows = read_json_lines(resolve_run(small_home, result["group"])[0].seed_dir(0) / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(6)), "960 pairs are 3.2 batches of 300"
+    assert result["results"][0]["details"]["epochs_done"] == 2.0
+
+
 def test_a_batch_larger_than_the_set_is_refused_and_leaves_nothing(toy_home: Path) -> None:
-    with pytest.raises(ChimeraError, match="batch 5000 is larger than the 2000 training images of toy"):
+    with pytest.raises(ChimeraError, match=r"batch 5000 is larger than the 2000 training images of toy$"):
         train_full(toy_home, load_config(TrainConfig, None, [*SCRATCH, "batch=5000"]), (0,), "x", "x")
     assert list_groups(toy_home) == []
 

@@ -37,16 +37,43 @@ def test_seed_and_epoch_decide_and_both_matter() -> None:
     assert rows(1, 0) != rows(1, 1)
 
 
+def test_an_image_stands_in_its_batch_with_as_many_captions_as_asked() -> None:
+    # The first image has but two captions: all of them are there before one is there again.
+    captions = [np.array([0, 1]), *CAPTIONS[1:]]
+    batches = list(pair_order(captions, batch=60, seed=3, epoch=0, captions_per_image=3))
+    assert [len(rows) for _, rows in batches] == [63, 63, 63, 60, 60]
+    seen: dict[int, list[int]] = {}
+    for positions, rows in batches:
+        assert (positions[0::3] == positions[1::3]).all()
+        assert (positions[0::3] == positions[2::3]).all()
+        for position, row in zip(positions.tolist(), rows.tolist(), strict=True):
+            seen.setdefault(position, []).append(row)
+    assert sorted(seen) == list(range(103))
+    assert sorted(seen.pop(0)) in ([0, 0, 1], [0, 1, 1])
+    for position, rows in seen.items():
+        assert len(set(rows)) == 3
+        assert {row // 5 for row in rows} == {position}
+
+
+def test_all_captions_of_an_image_are_one_epoch() -> None:
+    batches = pair_order(CAPTIONS, batch=100, seed=0, epoch=0, captions_per_image=5)
+    assert sorted(int(row) for _, rows in batches for row in rows) == list(range(515))
+
+
 def test_over_many_epochs_every_caption_is_drawn() -> None:
     seen = {int(row) for epoch in range(60) for _, rows in pair_order(CAPTIONS[:4], 4, 0, epoch) for row in rows}
     assert seen == set(range(20))
 
 
+@pytest.mark.parametrize("each", [1, 3])
 @pytest.mark.parametrize(("images", "batch", "world"), [(103, 25, 4), (103, 24, 5), (30, 7, 3), (8, 8, 2), (5, 8, 2)])
-def test_processes_share_the_batches_of_one(images: int, batch: int, world: int) -> None:
+def test_processes_share_the_batches_of_one(images: int, batch: int, world: int, each: int) -> None:
     captions = CAPTIONS[:images]
-    single = list(pair_order(captions, batch, seed=3, epoch=1))
-    shares = [list(pair_order(captions, batch, 3, 1, rank=rank, world=world)) for rank in range(world)]
+    single = list(pair_order(captions, batch, seed=3, epoch=1, captions_per_image=each))
+    shares = [
+        list(pair_order(captions, batch, 3, 1, captions_per_image=each, rank=rank, world=world))
+        for rank in range(world)
+    ]
     for whole, *parts in zip(single, *shares, strict=True):
         pairs = {
             (int(position), int(row))
@@ -59,7 +86,7 @@ def test_processes_share_the_batches_of_one(images: int, batch: int, world: int)
         assert max(sizes) - min(sizes) <= 1
     for rank, share in enumerate(shares):
         mine = np.concatenate([positions for positions, _ in share])
-        assert (mine == epoch_order(images, 3, 1, rank, world)).all()
+        assert (mine == np.repeat(epoch_order(images, 3, 1), each)[rank::world]).all()
     with pytest.raises(ValueError, match="rank 4"):
         next(pair_order(captions, batch, 3, 1, rank=4, world=4))
 
