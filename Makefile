@@ -2,6 +2,7 @@
 #   make PYTHON=python3.12 install     another interpreter (3.11 or newer)
 #   make reproduce_small FLICKR8K=dir  the real data set instead of the toy one
 #   make test PYTEST_ARGS="-k retrieval"
+#   make test TEST_WORKERS=            in one process
 #   make lock LOCK_ARGS=--upgrade      newest versions instead of those already locked
 
 VENV := .venv
@@ -9,6 +10,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UV_VERSION := 0.13.8
 PYTEST_ARGS ?=
+# Two processes: a test of training holds up to 2 GB, so more of them suit larger machines alone. A file's tests stay
+# together, with what they share.
+TEST_WORKERS ?= --numprocesses=2 --dist=loadfile
 LOCK_ARGS ?=
 SEEDS ?= 0,1,2
 FLICKR8K ?=
@@ -59,7 +63,7 @@ $(STAMP): requirements.lock pyproject.toml | $(BIN)/uv
 	@touch $@
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(TEST_WORKERS) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff (lint and format) and mypy, without changing a file
 	$(BIN)/ruff check .
