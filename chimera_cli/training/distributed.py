@@ -21,6 +21,9 @@ from chimera_cli.training.large_batch import Exchange, alone
 # Longer than any evaluation or feature extraction, in which all other processes wait for one.
 _PATIENCE = timedelta(hours=6)
 
+# Groups that this process has left, as long as it lives.
+_LEFT: list[Any] = []
+
 
 @dataclass(frozen=True, slots=True)
 class Processes:
@@ -91,11 +94,10 @@ def joined(device: torch.device) -> Iterator[Processes]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Processes(rank, world, device, _exchange(rank, world), _share)
-        if device.type == "cpu":
-            # One process was seen waiting for ever in destroy_process_group after the other had left. Likely gloo's
-            # threads, still letting go of tensors, want the lock of Python that is held there; now they are idle.
-            dist.barrier()
     finally:
+        # The last reference would end gloo's threads with Python's lock held, and wait for ever for one that wants that
+        # lock to let go of a tensor.
+        _LEFT.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
