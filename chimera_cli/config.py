@@ -180,6 +180,11 @@ class TrainConfig(Frozen):
             raise ValueError(
                 "feature_noise needs the cached features of a whole set: set feature_noise: 0 with a stream"
             )
+        if self.batch < 2 * self.captions_per_image:
+            raise ValueError(
+                f"a batch of {self.batch} pairs holds no two images with {self.captions_per_image} captions each:"
+                f" set batch: {2 * self.captions_per_image} or more"
+            )
         if self.stream is not None and self.captions_per_image > 1:
             raise ValueError("a stream has one caption of an image at a time: set captions_per_image: 1")
         if self.feature_noise > 0 and self.image.learn_blocks and self.text.learn_layers != 0:

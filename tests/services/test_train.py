@@ -9,7 +9,7 @@ import pytest
 from support import TINY_SANITY
 
 from chimera_cli.config import SanityConfig, TrainConfig, load_config
-from chimera_cli.errors import ChimeraError
+from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Event, Progress
 from chimera_cli.runs import latest_group, list_groups, read_json_lines, resolve_run
 from chimera_cli.services.sanity import train_sanity
@@ -125,6 +125,12 @@ def test_an_epoch_with_several_captions_an_image_has_so_many_more_pairs(small_ho
     rows = read_json_lines(resolve_run(small_home, result["group"])[0].seed_dir(0) / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(6)), "960 pairs are 3.2 batches of 300"
     assert result["results"][0]["details"]["epochs_done"] == 2.0
+
+
+def test_a_batch_needs_two_images_with_all_their_captions() -> None:
+    assert load_config(TrainConfig, None, ["captions_per_image=5", "batch=10"]).batch == 10
+    with pytest.raises(UsageError, match="a batch of 9 pairs holds no two images with 5 captions each: set batch: 10"):
+        load_config(TrainConfig, None, ["captions_per_image=5", "batch=9"])
 
 
 def test_a_batch_larger_than_the_set_is_refused_and_leaves_nothing(toy_home: Path) -> None:
