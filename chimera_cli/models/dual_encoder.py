@@ -23,8 +23,9 @@ class Architecture:
 
     `learn_layers`: how many of the text tower's last layers learn, None for all of it; `learn_blocks` likewise of the
     blocks of an image tower that is not `image_locked` as a whole. `image_stages`: how many of its last stages are
-    pooled beside its own features. `flipped_view`: an image's feature is the mean over
-    the image and its mirror image.
+    pooled beside its own features, `text_hidden_states` which hidden states of a locked text tower beside its last one.
+    `flipped_view`: an image's feature is the mean over the image and its mirror image. `members`: how many pairs of
+    heads there are, each `dim` wide.
     """
 
     image_weights: str
@@ -42,6 +43,17 @@ class Architecture:
     logit_bias: float | None = None
     learn_blocks: int | None = None
     image_stages: int = 0
+    members: int = 1
+    text_hidden_states: tuple[int, ...] = ()
+
+    @property
+    def embedding_width(self) -> int:
+        """Return how many numbers an embedding has: those of all members."""
+        return self.members * self.dim
+
+    def __post_init__(self) -> None:
+        # JSON gives lists.
+        object.__setattr__(self, "text_hidden_states", tuple(self.text_hidden_states))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the architecture as JSON takes it."""
@@ -71,11 +83,28 @@ class MlpHead(nn.Module):
         return embedding
 
 
+class EnsembleHead(nn.Module):
+    """Heads that differ in their first weights and in their dropout: (batch, width) -> (batch, members * dim).
+
+    The unit embeddings of the members stand side by side, each divided by the root of their number: the cosine of two
+    of these embeddings is the mean of the members' cosines. Source: Lakshminarayanan et al. 2017, deep ensembles.
+    """
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(heads)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the embedding (batch, members * dim), of unit length."""
+        parts = [F.normalize(head(features), dim=-1) for head in self.members]
+        return torch.cat(parts, dim=-1) / math.sqrt(len(parts))
+
+
 class DualEncoder(nn.Module):
     """Maps images and captions into one space, where matching pairs have a high cosine similarity.
 
     `encode_*` take what a tower takes, `project_*` take what a tower gives (the way of locked towers, whose pooled
-    features are computed once); both return L2-normalised features (batch, dim).
+    features are computed once); both return L2-normalised features (batch, dim), dim being the `embedding_width`.
     """
 
     def __init__(self, architecture: Architecture, image_tower: ImageTower, text_tower: TextTower) -> None:
@@ -91,11 +120,15 @@ class DualEncoder(nn.Module):
 
     def project_image(self, pooled: Tensor) -> Tensor:
         """Return image_features (batch, dim), L2-normalised, of pooled tower features (batch, width)."""
-        return F.normalize(self.image_head(pooled), dim=-1)
+        return self._unit(self.image_head(pooled))
 
     def project_text(self, pooled: Tensor) -> Tensor:
         """Return text_features (batch, dim), L2-normalised, of pooled tower features (batch, width)."""
-        return F.normalize(self.text_head(pooled), dim=-1)
+        return self._unit(self.text_head(pooled))
+
+    def _unit(self, embedding: Tensor) -> Tensor:
+        # An ensemble's is of unit length already: dividing again would let rounding mix what the members learn.
+        return embedding if self.architecture.members > 1 else F.normalize(embedding, dim=-1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Return image_features (batch, dim), L2-normalised, of normalised pixels (batch, 3, S, S) or maps."""
@@ -118,7 +151,7 @@ class DualEncoder(nn.Module):
 def build_dual_encoder(architecture: Architecture, pretrained: bool = True) -> DualEncoder:
     """Return the dual encoder of `architecture`: heads fresh, towers pretrained where asked, locked as it says."""
     image_tower = build_image_tower(architecture.image_weights, pretrained, architecture.image_stages)
-    text_tower = build_text_tower(architecture.text_weights, pretrained)
+    text_tower = build_text_tower(architecture.text_weights, pretrained, architecture.text_hidden_states)
     image_tower.learn_only(0 if architecture.image_locked else architecture.learn_blocks)
     text_tower.learn_only(architecture.learn_layers)
     return DualEncoder(architecture, image_tower, text_tower)
@@ -132,6 +165,13 @@ def count_parameters(model: nn.Module) -> Mapping[str, int]:
 
 
 def _head(architecture: Architecture, width: int) -> nn.Module:
+    # A single head keeps its names in checkpoints.
+    if architecture.members == 1:
+        return _single_head(architecture, width)
+    return EnsembleHead([_single_head(architecture, width) for _ in range(architecture.members)])
+
+
+def _single_head(architecture: Architecture, width: int) -> nn.Module:
     if architecture.head == "linear":
         return LinearHead(width, architecture.dim, bias=False)
     return MlpHead(width, architecture.hidden, architecture.dim, architecture.dropout)

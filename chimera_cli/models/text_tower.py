@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel
 from transformers.utils.logging import disable_progress_bar
 
+from chimera_cli.errors import UsageError
 from chimera_cli.models.parts import exchanged
 from chimera_cli.models.tokens import Tokens, TokenTable
 from chimera_cli.models.weights import (
@@ -31,7 +32,9 @@ _TOKENISED = 10_000
 class TextTower(nn.Module):
     """A transformers encoder with mean pooling over real tokens, as sentence encoders are trained.
 
-    `locked_layers`: how many of the first layers are locked, the embeddings with them; None where nothing is.
+    `hidden_states`: which earlier hidden states, pooled likewise, stand beside the last one: 0 is what the embeddings
+    give, k what layer k gives. They know words that the sentence vector has forgotten. `locked_layers`: how many of the
+    first layers are locked, the embeddings with them; None where nothing is.
     """
 
     def __init__(self, encoder: nn.Module, tokeniser: Any, width: int) -> None:
@@ -39,6 +42,7 @@ class TextTower(nn.Module):
         self.encoder = encoder
         self.width = width
         self.locked_layers: int | None = None
+        self.hidden_states: tuple[int, ...] = ()
         self._tokeniser = tokeniser
 
     def tokenise(self, texts: Sequence[str], max_tokens: int) -> dict[str, Tensor]:
@@ -62,6 +66,7 @@ class TextTower(nn.Module):
     def forward(self, tokens: Tokens) -> Tensor:
         """Return sentence features (batch, width): the mean of the last hidden states over real tokens.
 
+        Behind it stand the means of the earlier `hidden_states`, in their order.
         Instead of `input_ids` the tokens may bring `states`, what `lower_states` made of them: then only the layers
         that learn are computed. On a CPU a large batch is worked through in pieces of similar length: captions have 14
         tokens on average and 32 at most, so that padding all of them to the longest would more than double the work.
@@ -80,7 +85,11 @@ class TextTower(nn.Module):
         return torch.cat(pieces)[order.argsort()]
 
     def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return _mean(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+        if not self.hidden_states:
+            return _mean(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+        found = self.encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        states = (found.last_hidden_state, *(found.hidden_states[number] for number in self.hidden_states))
+        return torch.cat([_mean(one, mask) for one in states], dim=-1)
 
     def _encode_states(self, states: Tensor, mask: Tensor) -> Tensor:
         upper = self._part(slice(self.locked_layers, None), _Given())
@@ -121,6 +130,22 @@ class TextTower(nn.Module):
         assert isinstance(layers, nn.ModuleList)
         return layers
 
+    def join_states(self, numbers: Sequence[int]) -> None:
+        """Let these earlier hidden states stand beside the last one; the width grows with them.
+
+        Raises UsageError for a number that none of the encoder's earlier states has.
+        """
+        layers = len(self.layers()) if numbers else 0
+        unknown = [number for number in numbers if not 0 <= number < layers]
+        if unknown:
+            others = [number for number in numbers if number not in unknown]
+            raise UsageError(
+                f"text.hidden_states: {unknown[0]} is none of the states before the tower's last, 0 to {layers - 1}",
+                f"--set 'text.hidden_states={others}'",
+            )
+        self.width = self.width // (1 + len(self.hidden_states)) * (1 + len(numbers))
+        self.hidden_states = tuple(numbers)
+
     def learn_only(self, last_layers: int | None) -> None:
         """Let the last `last_layers` layers learn: 0 locks the tower, None lets all of it learn, embeddings too."""
         self.requires_grad_(last_layers is None)
@@ -145,11 +170,18 @@ def _mean(states: Tensor, mask: Tensor) -> Tensor:
     return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
-def build_text_tower(weights: str, pretrained: bool = True) -> TextTower:
+def build_text_tower(weights: str, pretrained: bool = True, hidden_states: Sequence[int] = ()) -> TextTower:
     """Return the tower called `weights`; with `pretrained` False only its shape, for a checkpoint to fill.
 
-    Raises UsageError for a name that can't be meant and ChimeraError where the weights can't be had.
+    Those earlier `hidden_states` stand beside its last one. Raises UsageError for a name that can't be meant, or a
+    state that there is not, and ChimeraError where the weights can't be had.
     """
+    tower = _built(weights, pretrained)
+    tower.join_states(hidden_states)
+    return tower
+
+
+def _built(weights: str, pretrained: bool) -> TextTower:
     check_modality(weights, "text")
     if weights == TINY:
         return _tiny()

@@ -164,6 +164,7 @@ def _frozen(config: TrainConfig, device: "torch.device") -> "DualEncoder":
         text_weights=config.text.weights,
         learn_layers=0,
         max_tokens=config.text.max_tokens,
+        text_hidden_states=config.text.hidden_states,
         # The heads are never used.
         head="linear",
         hidden=1,
@@ -227,7 +228,8 @@ def _how(tuned: "Tuned", model: "DualEncoder", train: "Pairs", dev: "Pairs") -> 
     from dataclasses import asdict
 
     shape = model.architecture
-    features = ("image_weights", "image_size", "image_stages", "flipped_view", "text_weights", "max_tokens")
+    looks = ("image_weights", "image_size", "image_stages", "flipped_view")
+    features = (*looks, "text_weights", "max_tokens", "text_hidden_states")
     return {
         "features": {name: getattr(shape, name) for name in features}
         | {"image_width": train.images.shape[1], "text_width": train.texts.shape[1]},

@@ -82,7 +82,7 @@ def bench_train(
         raise UsageError(f"--against {race.against}: only open_clip trains", "--against open_clip")
     need_peers(PEERS)
     _refuse_incomparable(config, race)
-    config = _same_towers(config, listener)
+    config = _same_model(config, listener)
     whole = full_recipe(config, race.batch)
     bench = open_bench(home, config.data, config.device, config.precision, listener)
     for part, recipe in (("full", config), ("locked", whole)):
@@ -98,12 +98,18 @@ def bench_train(
         return {"group": group.name} | _measured(bench, config, whole, race, session, listener)
 
 
-def _same_towers(config: TrainConfig, listener: Listener) -> TrainConfig:
-    """Return the recipe without stages beside the image features: the peer's tower gives none."""
-    if not config.image.stages:
-        return config
-    listener(Note("image.stages: 0 in this race: both have the same towers, and the peer knows no stages"))
-    return config.model_copy(update={"image": config.image.model_copy(update={"stages": 0})})
+def _same_model(config: TrainConfig, listener: Listener) -> TrainConfig:
+    """Return the recipe without what the peer's model has none of: more features than a tower's last, more heads."""
+    if config.image.stages:
+        listener(Note("image.stages: 0 in this race: both have the same towers, and the peer knows no stages"))
+        config = config.model_copy(update={"image": config.image.model_copy(update={"stages": 0})})
+    if config.text.hidden_states:
+        listener(Note("text.hidden_states: [] in this race: both have the same towers, and the peer pools the last"))
+        config = config.model_copy(update={"text": config.text.model_copy(update={"hidden_states": ()})})
+    if config.heads.members > 1:
+        listener(Note("heads.members: 1 in this race: both have the same heads, and the peer knows no ensembles"))
+        config = config.model_copy(update={"heads": config.heads.model_copy(update={"members": 1})})
+    return config
 
 
 def _refuse_incomparable(config: TrainConfig, race: TrainRace) -> None:
@@ -160,9 +166,9 @@ def full_recipe(config: TrainConfig, batch: int) -> TrainConfig:
     """Return the recipe with both towers learning whole, without what needs cached features, at another batch."""
     values = config.model_dump()
     values["image"] |= {"locked": False, "learn_blocks": 0, "stages": 0}
-    values["text"]["learn_layers"] = None
+    values["text"] |= {"learn_layers": None, "hidden_states": []}
     values["augmentation"]["views"] = 1
-    values |= {"feature_noise": 0.0, "batch": batch, "micro_batch": None}
+    values |= {"feature_noise": 0.0, "mixup": 0.0, "batch": batch, "micro_batch": None}
     return validate(TrainConfig, values, "full fine-tuning")
 
 

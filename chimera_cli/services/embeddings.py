@@ -324,6 +324,7 @@ def pooled_caption_features(
     shape, tower = model.architecture, model.text_tower.eval()
     key = _key(pack, split, shape.text_weights, text_weights_hash(shape.text_weights), device)
     key |= {"max_tokens": shape.max_tokens}
+    key |= {"hidden_states": list(shape.text_hidden_states)} if shape.text_hidden_states else {}
 
     @cache
     def table() -> "TokenTable":

@@ -54,7 +54,7 @@ def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) 
         "activations_gb": activations,
         # The batch that is trained on and the one that is made meanwhile.
         "inputs_gb": 2 * config.batch * _input_bytes(_pairs(model, 1, maps, config.stream is None)),
-        "loss_gb": _FLOAT * (8 * config.batch * architecture.dim + 4 * min(config.batch, 4096) ** 2),
+        "loss_gb": _FLOAT * (8 * config.batch * architecture.embedding_width + 4 * min(config.batch, 4096) ** 2),
         "features_gb": features,
     }
     figures: dict[str, float | None] = {name: value / GIB for name, value in parts.items()}

@@ -94,6 +94,7 @@ def training_batches(
     views: int = 1,
     feature_noise: float = 0.0,
     captions_per_image: int = 1,
+    mixup: float = 0.0,
     shuffled: bool = False,
     start: tuple[int, int] = (0, 0),
     rank: int = 0,
@@ -104,7 +105,7 @@ def training_batches(
     Of the `views` that are cached of an image each pair shows another one at random. The batches begin at `start`,
     (epoch, number in the epoch), with what an uninterrupted sequence has there; of the `batch`
     pairs process `rank` of `world` gets its share. Where pixels or tokens have to be made, a thread makes those of the
-    next batch while this one is trained on.
+    next batch while this one is trained on. `mixup` as in `pair_batches`: it needs both towers locked.
     """
     from chimera_cli.training.batches import pair_batches
 
@@ -121,6 +122,7 @@ def training_batches(
         start=start,
         prefetch=0 if cached else 1,
         captions_per_image=captions_per_image,
+        mixup=mixup,
         rank=rank,
         world=world,
     )

@@ -93,10 +93,12 @@ def architecture_of(image: ImageTower, text: TextTower, heads: Heads, loss: Loss
         text_weights=text.weights,
         learn_layers=text.learn_layers,
         max_tokens=text.max_tokens,
+        text_hidden_states=text.hidden_states,
         head=heads.kind,
         hidden=heads.hidden,
         dim=heads.dim,
         dropout=heads.dropout,
+        members=heads.members,
         temperature=loss.temperature,
         # SigLIP starts its bias at -10, where almost all pairs are negatives (Zhai et al. 2023, section 3.2).
         logit_bias=-10.0 if loss.kind == "sigmoid" else None,
@@ -150,10 +152,11 @@ def run_loop(learner: "Learner", batches: Any, loss: Loss, bench: Workbench, **s
     from chimera_cli.training.loop import train
     from chimera_cli.training.losses import contrastive_loss
 
+    members = learner.model.architecture.members
     return train(
         learner.model,
         batches,
-        contrastive_loss(loss.kind, label_smoothing=loss.label_smoothing, hardness=loss.hardness),
+        contrastive_loss(loss.kind, members, label_smoothing=loss.label_smoothing, hardness=loss.hardness),
         learner.optimiser,
         learner.schedule,
         device=bench.device,

@@ -138,6 +138,7 @@ def recipe_pairs(
         seed,
         tell,
         feature_noise=config.feature_noise,
+        mixup=config.mixup,
         captions_per_image=config.captions_per_image,
         **_views(config),
     )

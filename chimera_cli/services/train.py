@@ -354,6 +354,7 @@ def _full_pairs(
         colour_jitter=config.augmentation.colour_jitter,
         views=config.augmentation.views,
         feature_noise=config.feature_noise,
+        mixup=config.mixup,
         captions_per_image=config.captions_per_image,
         start=start,
         rank=job.processes.rank,

@@ -17,7 +17,7 @@ from chimera_cli.models.tokens import Tokens
 Indices = NDArray[np.int64]
 
 # Words of the seed: 0 (or none) is the order of an epoch, 1 the choice of captions.
-_STREAMS = {"images": 2, "texts": 3}
+_STREAMS = {"images": 2, "texts": 3, "mixtures": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,20 @@ class Place:
 
     def generator(self, seed: int, stream: Literal["images", "texts"]) -> torch.Generator:
         """Return the random numbers of this batch: the same whenever, and by whichever process, it is made."""
-        words = np.random.SeedSequence([seed, self.epoch, _STREAMS[stream], self.number]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(words[0]))
+        return torch.Generator().manual_seed(int(self._words(seed, stream).generate_state(1, np.uint64)[0]))
+
+    def mixture(self, seed: int, beta: float, captions_per_image: int) -> tuple[float, Indices]:
+        """Return the share (0-1) that a pair keeps of itself, from Beta(beta, beta), and who gives the rest, (whole,).
+
+        All pairs of an image are mixed with the pairs of one and the same other, in their order: what was of one image
+        still is of one mixture.
+        """
+        random = np.random.default_rng(self._words(seed, "mixtures"))
+        firsts = captions_per_image * random.permutation(self.whole // captions_per_image)
+        return random.beta(beta, beta), (firsts[:, None] + np.arange(captions_per_image)).ravel()
+
+    def _words(self, seed: int, stream: str) -> np.random.SeedSequence:
+        return np.random.SeedSequence([seed, self.epoch, _STREAMS[stream], self.number])
 
 
 def pair_order(
@@ -124,6 +136,7 @@ def pair_batches(
     start: tuple[int, int] = (0, 0),
     prefetch: int = 0,
     captions_per_image: int = 1,
+    mixup: float = 0.0,
     rank: int = 0,
     world: int = 1,
 ) -> Generator[PairBatch, None, None]:
@@ -133,15 +146,29 @@ def pair_batches(
     `image_ids` is (images,). What comes from `start` on equals what an uninterrupted sequence has there, bit for bit.
     `prefetch` batches are made by a thread while the consumer computes: it changes no value. A batch is then valid
     until the next one is asked for. `batch`, `captions_per_image`, `rank` and `world` as in `pair_order`.
+
+    With `mixup` above 0 a pair is mixed with another of its batch: both features in the same proportion, drawn for each
+    batch from Beta(mixup, mixup). That is for features; `image_ids` says of which image the first part is.
+    Source: FuseMix (Vouitsis et al. 2024, Data-Efficient Multimodal Fusion on a Single GPU, section 3.2).
     """
+
+    def inputs(place: Place, all_positions: Indices, all_rows: Indices) -> tuple[Tensor, Tensor | Tokens]:
+        image, text = images(all_positions[place.part], place), texts(all_rows[place.part], place)
+        if not mixup:
+            return image, text
+        assert isinstance(text, Tensor)
+        own, everyone = place.mixture(seed, mixup, captions_per_image)
+        others = everyone[place.part]
+        other_image, other_text = images(all_positions[others], place), texts(all_rows[others], place)
+        assert isinstance(other_text, Tensor)
+        return other_image.lerp(image, own), other_text.lerp(text, own)
 
     def made() -> Iterator[PairBatch]:
         for epoch in itertools.count(start[0]):
             places = _places(captions_by_image, batch, seed, epoch, captions_per_image, rank, world)
             for place, all_positions, all_rows in itertools.islice(places, start[1] if epoch == start[0] else 0, None):
-                positions, rows = all_positions[place.part], all_rows[place.part]
-                ids = torch.from_numpy(image_ids[positions]).to(device)
-                yield PairBatch(epoch, images(positions, place), texts(rows, place), ids, place.number, place.whole)
+                ids = torch.from_numpy(image_ids[all_positions[place.part]]).to(device)
+                yield PairBatch(epoch, *inputs(place, all_positions, all_rows), ids, place.number, place.whole)
 
     yield from ahead(made(), prefetch)
 

@@ -4,6 +4,7 @@ Forward passes once over the logits for their sums, backward a second time for t
 it is worked on. Plain PyTorch, so that it runs on a CPU and on Pascal as it does on anything newer.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -295,6 +296,32 @@ class _Gradients:
 LOSSES: dict[str, Callable[..., Tensor]] = {"infonce": infonce, "sigmoid": sigmoid}
 
 
-def contrastive_loss(kind: str, **settings: Any) -> ContrastiveLoss:
-    """Return the loss called `kind` with its settings filled in: a function of features, ids, scale and bias."""
-    return partial(LOSSES[kind], **settings)
+def contrastive_loss(kind: str, members: int = 1, **settings: Any) -> ContrastiveLoss:
+    """Return the loss called `kind` with its settings filled in: a function of features, ids, scale and bias.
+
+    With several `members` the features are those of an `EnsembleHead`, and the loss is that of `per_member`.
+    """
+    loss = partial(LOSSES[kind], **settings)
+    return loss if members == 1 else per_member(loss, members)
+
+
+def per_member(loss_of: ContrastiveLoss, members: int) -> ContrastiveLoss:
+    """Return the mean over the members of each one's own loss, given their embeddings side by side.
+
+    A loss of the mean similarity would have the members make up for each other's errors; alone, each errs in its own
+    way. Features are (batch, members * dim) of unit length, as an `EnsembleHead` gives them. The loss raises ValueError
+    where their width is no multiple of `members`.
+    """
+
+    def parts(features: Tensor) -> tuple[Tensor, ...]:
+        if features.shape[-1] % members:
+            raise ValueError(f"features of {members} members can't be {features.shape[-1]} wide")
+        chunks = (features * math.sqrt(members)).chunk(members, dim=-1)
+        return tuple(chunk.contiguous() for chunk in chunks)
+
+    def mean_loss(image: Tensor, text: Tensor, ids: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+        pairs = zip(parts(image), parts(text), strict=True)
+        losses = [loss_of(images, texts, ids, scale, bias) for images, texts in pairs]
+        return torch.stack(losses).mean()
+
+    return mean_loss

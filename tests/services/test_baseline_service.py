@@ -86,6 +86,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draws: Draws) -> Path:
                 **names,
                 image_size=224,
                 image_stages=0,
+                text_hidden_states=(),
                 flipped_view=config.augmentation.flip,
                 max_tokens=config.text.max_tokens,
             )

@@ -18,6 +18,7 @@ from chimera_cli.config import TrainConfig, load_config
 from chimera_cli.data.pack import open_pack
 from chimera_cli.errors import UsageError
 from chimera_cli.events import Note
+from chimera_cli.models.weights import DEFAULT_TEXT
 from chimera_cli.reporting.training_benchmarks import ratio_words
 from chimera_cli.runs import list_groups, read_json
 from chimera_cli.services import bench_train as service
@@ -305,13 +306,24 @@ def test_every_shipped_recipe_has_a_full_one(path: Path) -> None:
     assert (config.image.locked, config.image.stages, config.image.learn_blocks, config.batch) == (False, 0, 0, 32)
 
 
-def test_the_race_is_run_with_the_towers_that_the_peer_has_too() -> None:
+def test_the_race_is_run_with_the_model_that_the_peer_has_too() -> None:
     told: list[Note] = []
-    staged = recipe(*SMALL, "image.stages=2")
-    config = service._same_towers(staged, told.append)
-    assert fresh_architecture(config).image_stages == 0
-    assert staged.image.stages == 2
-    assert "image.stages: 0" in told[0].message
+    given = recipe(*SMALL, "image.stages=2", "heads.members=3")
+    architecture = fresh_architecture(service._same_model(given, told.append))
+    assert (architecture.image_stages, architecture.members, architecture.embedding_width) == (0, 1, 32)
+    assert (given.image.stages, given.heads.members) == (2, 3)
+    assert [note.message.partition(" in")[0] for note in told] == ["image.stages: 0", "heads.members: 1"]
+    told.clear()
+    assert service._same_model(recipe(*SMALL), told.append) == recipe(*SMALL)
+    assert not told
+
+
+def test_the_race_is_run_without_hidden_states_too() -> None:
+    told: list[Note] = []
+    given = recipe(*SMALL, f"text.weights={DEFAULT_TEXT}", "text.learn_layers=0", "text.hidden_states=[0, 3]")
+    assert fresh_architecture(service._same_model(given, told.append)).text_hidden_states == ()
+    assert [note.message.partition(" in")[0] for note in told] == ["text.hidden_states: []"]
+    assert full_recipe(given, 8).text.hidden_states == ()
 
 
 def test_what_can_not_be_compared_is_refused_before_anything_is_made(small_home: Path) -> None:

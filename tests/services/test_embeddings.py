@@ -73,6 +73,20 @@ def keys(pack: Pack) -> list[dict[str, object]]:
     return [json.loads(path.read_text(encoding="utf-8"))["key"] for path in files]
 
 
+def test_hidden_states_have_features_of_their_own_and_leave_the_others_theirs(pack: Pack, model: DualEncoder) -> None:
+    plain = pooled_caption_features(model, pack, "dev", CPU, Ear())
+    assert all("hidden_states" not in key for key in keys(pack)), "caches from before stay what they are"
+    more = build_dual_encoder(replace(model.architecture, text_hidden_states=(0, 3))).eval()
+    ear = Ear()
+    both = pooled_caption_features(more, pack, "dev", CPU, ear)
+    assert not both.from_cache
+    assert not [note for note in ear.notes if "onnxruntime" in note], "the session takes them"
+    assert [key["hidden_states"] for key in keys(pack) if "hidden_states" in key] == [[0, 3]]
+    assert np.allclose(both.values[:, :384], plain.values, atol=1e-5)
+    assert pooled_caption_features(more, pack, "dev", CPU, ear).from_cache
+    assert pooled_caption_features(model, pack, "dev", CPU, ear).from_cache
+
+
 @needs_sessions
 def test_a_session_and_pytorch_agree_and_are_kept_apart(
     pack: Pack, model: DualEncoder, monkeypatch: pytest.MonkeyPatch

@@ -32,6 +32,20 @@ def test_parts_follow_from_shapes_and_nothing_is_written(small_home: Path) -> No
     assert [path.name for path in (small_home / "data").iterdir()] == ["small"]
 
 
+def test_every_member_has_its_heads_and_its_part_of_the_loss(small_home: Path) -> None:
+    changes = ["data=small", "image.image_size=32", "text.learn_layers=0", "heads.kind=linear", "heads.dim=64",
+               "batch=60"]  # fmt: skip
+    one, three = (
+        estimate_full(small_home, load_config(TrainConfig, RECIPES / "toy.yaml", [*changes, *more]))["figures"]
+        for more in ([], ["heads.members=3"])
+    )
+    assert three["gradients_gb"] == pytest.approx(4 * (3 * 64 * (1280 + 384) + 1) / GIB)
+    # Eight times the embeddings of the batch, beside the tiles.
+    assert three["loss_gb"] - one["loss_gb"] == pytest.approx(4 * 8 * 60 * 2 * 64 / GIB)
+    assert three["activations_gb"] > one["activations_gb"]
+    assert three["features_gb"] == one["features_gb"]
+
+
 def test_views_maps_and_states_are_counted_as_they_are_cached(small_home: Path) -> None:
     changes = ["data=small", "image.image_size=64", "augmentation.flip=true", "augmentation.views=4",
                "augmentation.crop_scale=0.5", "batch=60"]  # fmt: skip

@@ -12,7 +12,7 @@ from chimera_cli.runs import list_groups, read_json_lines
 
 SETTINGS = (
     "data=small", "image.image_size=32", "text.learn_layers=0", "heads.hidden=64", "heads.dim=32", "heads.dropout=0",
-    "augmentation.flip=true", "feature_noise=0.1", "epochs=2", "batch=50", "device=cpu",
+    "augmentation.flip=true", "feature_noise=0.1", "mixup=0.3", "epochs=2", "batch=50", "device=cpu",
 )  # fmt: skip
 
 

@@ -104,19 +104,42 @@ def test_locked_features_are_computed_once_and_verified(small_home: Path) -> Non
     assert "train image features" in stages, "a changed cache file must be computed anew"
 
 
-def test_embeddings_of_the_best_checkpoint_repeat_its_dev_figures(small_home: Path) -> None:
+@pytest.mark.parametrize("members", [1, 3])
+def test_embeddings_of_the_best_checkpoint_repeat_its_dev_figures(small_home: Path, members: int) -> None:
     import torch
 
     from chimera_cli.data.pack import open_pack
     from chimera_cli.evaluation.retrieval import retrieval_figures, retrieval_ranks
     from chimera_cli.services.embeddings import embed_split
 
-    result = train_full(small_home, load_config(TrainConfig, None, LOCKED), (0,), "locked", "x")
+    config = load_config(TrainConfig, None, [*LOCKED, f"heads.members={members}"])
+    result = train_full(small_home, config, (0,), "locked", "x")
     group, _ = resolve_run(small_home, result["group"])
     pack = open_pack(small_home / "data", "small")
     image, text = embed_split(group.seed_dir(0), pack, "dev", torch.device("cpu"))
+    assert image.shape[1] == text.shape[1] == members * 64
     figures = retrieval_figures(retrieval_ranks(image, text, pack.captions("dev").image_positions))
     assert figures == pytest.approx(result["results"][0]["details"]["best_dev"])
+
+
+def test_a_locked_run_with_hidden_states_repeats_its_dev_figures_from_its_checkpoint(small_home: Path) -> None:
+    import torch
+
+    from chimera_cli.data.pack import open_pack
+    from chimera_cli.evaluation.retrieval import retrieval_figures, retrieval_ranks
+    from chimera_cli.services.embeddings import embed_split, embed_texts
+
+    changes = [*LOCKED, "epochs=1", "augmentation.flip=false", "text.hidden_states=[0, 3]"]
+    result = train_full(small_home, load_config(TrainConfig, None, changes), (0,), "locked", "x")
+    group, _ = resolve_run(small_home, result["group"])
+    pack = open_pack(small_home / "data", "small")
+    stored = next((small_home / "data").rglob("train-captions-*.npy"))
+    assert np.load(stored, mmap_mode="r").shape[1] == 3 * 384
+    image, text = embed_split(group.seed_dir(0), pack, "dev", torch.device("cpu"))
+    figures = retrieval_figures(retrieval_ranks(image, text, pack.captions("dev").image_positions))
+    assert figures == pytest.approx(result["results"][0]["details"]["best_dev"])
+    sentences = pack.captions("dev").texts[:9]
+    assert np.allclose(embed_texts(group.seed_dir(0), sentences, torch.device("cpu")), text[:9], atol=1e-4)
 
 
 def test_an_epoch_with_several_captions_an_image_has_so_many_more_pairs(small_home: Path) -> None:

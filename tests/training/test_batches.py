@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from chimera_cli.data.augmentation import Augmentation
 from chimera_cli.data.loader import epoch_order
@@ -228,3 +229,69 @@ def test_the_schedule_warms_up_and_ends_at_zero() -> None:
     assert max(rates) == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
+
+
+# ---- mixtures -------------------------------------------------------------------------------------------------------
+
+
+def _mixed(captions_per_image: int, mixup: float, batch: int = 30, **settings: Any) -> list[PairBatch]:
+    """Return the batches of one epoch whose features are one-hot: what they are made of can be read from them."""
+    images, rows = torch.eye(103), torch.eye(515)
+    batches = pair_batches(
+        CAPTIONS,
+        np.arange(103),
+        lambda positions, _place: images[positions],
+        lambda positions, _place: rows[positions],
+        batch=batch,
+        seed=5,
+        device=torch.device("cpu"),
+        captions_per_image=captions_per_image,
+        mixup=mixup,
+        **settings,
+    )
+    with closing(batches):
+        return list(itertools.takewhile(lambda batch: batch.epoch == 0, batches))
+
+
+@pytest.mark.parametrize("captions_per_image", [1, 3])
+def test_a_mixture_has_two_images_and_a_caption_of_each_in_one_proportion(captions_per_image: int) -> None:
+    plain, mixed = _mixed(captions_per_image, 0.0), _mixed(captions_per_image, 0.3)
+    shares = []
+    for before, after in zip(plain, mixed, strict=True):
+        assert torch.equal(before.image_ids, after.image_ids), "the order stays"
+        assert isinstance(before.text, torch.Tensor)
+        assert isinstance(after.text, torch.Tensor)
+        partners = []
+        moved = (after.image != before.image).any(dim=1)
+        assert moved.sum() >= len(moved) / 2
+        for own, image, text, changed in zip(before.image_ids.tolist(), after.image, after.text, moved, strict=True):
+            of_image = {int(at): image[at].item() for at in image.nonzero()[:, 0]}
+            of_text = {int(at) // 5: text[at].item() for at in text.nonzero()[:, 0]}
+            assert of_image == of_text, "captions in the proportion of their images"
+            assert sum(of_image.values()) == pytest.approx(1.0)
+            partners.append(tuple(sorted(of_image.items())))
+            if changed:
+                shares.append(of_image[own])
+        # Equal ids are equal mixtures: the pairs of one image are each other's positives as before.
+        assert len({(own, key) for own, key in zip(before.image_ids.tolist(), partners, strict=True)}) == len(
+            set(before.image_ids.tolist())
+        )
+    assert len(set(shares)) == len(plain), "one proportion for a batch"
+
+
+def test_proportions_are_drawn_from_the_beta_distribution() -> None:
+    shares = [Place(0, number, 10).mixture(3, 0.3, 1)[0] for number in range(500)]
+    assert stats.kstest(shares, stats.beta(0.3, 0.3).cdf).pvalue > 0.05
+    assert stats.kstest(shares, stats.beta(1, 1).cdf).pvalue < 1e-6, "the test can tell"
+
+
+def test_processes_mix_as_one_does_and_a_later_start_as_an_earlier() -> None:
+    whole = _mixed(2, 0.3)
+    shares = [_mixed(2, 0.3, rank=rank, world=2) for rank in range(2)]
+    later = _mixed(2, 0.3, start=(0, 3))
+    for number, batch in enumerate(whole):
+        rows = torch.cat([part[number].image for part in shares])
+        assert sorted(rows.tolist()) == sorted(batch.image.tolist())
+        if number >= 3:
+            assert torch.equal(later[number - 3].image, batch.image)
+            assert torch.equal(later[number - 3].text, batch.text)  # type: ignore[arg-type]

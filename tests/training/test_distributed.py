@@ -28,10 +28,11 @@ IMAGES, BATCH, UPDATES = 46, 11, 20
 WORDS = ["a", "red", "dog", "runs", "over", "the", "green", "hill", "and", "far", "away", "from", "here"]
 
 
-def model_of(kind: str) -> DualEncoder:
+def model_of(kind: str, members: int) -> DualEncoder:
     """Return the smallest dual encoder in float64, batch statistics frozen as those of pretrained towers are."""
     torch.manual_seed(0)
-    model = build_dual_encoder(replace(TINY, head="mlp", logit_bias=-2.0 if kind == "sigmoid" else None)).double()
+    bias = -2.0 if kind == "sigmoid" else None
+    model = build_dual_encoder(replace(TINY, head="mlp", members=members, logit_bias=bias)).double()
     model.image_tower.frozen_statistics = True
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -39,9 +40,9 @@ def model_of(kind: str) -> DualEncoder:
     return model
 
 
-def trained(kind: str, micro_batch: int | None) -> tuple[list[float], list[float]]:
+def trained(kind: str, micro_batch: int | None, members: int) -> tuple[list[float], list[float]]:
     """Return losses and gradient norms of 20 updates on this process's share of uneven batches with repeated images."""
-    model = model_of(kind)
+    model = model_of(kind, members)
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(IMAGES, 3, 32, 32, generator=generator).double()
     captions = [" ".join(WORDS[row % 5 : 3 + row % 5 + row % 7]) for row in range(2 * IMAGES)]
@@ -70,7 +71,7 @@ def trained(kind: str, micro_batch: int | None) -> tuple[list[float], list[float
         outcome = train(
             model,
             pairs,
-            contrastive_loss(kind, label_smoothing=0.1),
+            contrastive_loss(kind, members, label_smoothing=0.1),
             optimiser,
             build_schedule(optimiser, UPDATES, 0.1),
             updates=UPDATES,
@@ -94,16 +95,16 @@ def everything() -> Any:
     return pair_batches(rows, np.arange(IMAGES), nothing, nothing, batch=BATCH, seed=3, device=CPU)
 
 
-def work(rank: int, port: int, kind: str, micro_batch: int | None, results: Any) -> None:
+def work(rank: int, port: int, setting: tuple[str, int | None, int], results: Any) -> None:
     torch.set_num_threads(1)
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(place)
-    results.put((rank, *trained(kind, micro_batch)))
+    results.put((rank, *trained(*setting)))
 
 
-@pytest.mark.parametrize(("kind", "micro_batch"), [("infonce", None), ("sigmoid", 3)])
-def test_two_processes_have_the_losses_of_one(kind: str, micro_batch: int | None) -> None:
-    alone, norms = trained(kind, micro_batch)
+@pytest.mark.parametrize("setting", [("infonce", None, 1), ("sigmoid", 3, 2)], ids=str)
+def test_two_processes_have_the_losses_of_one(setting: tuple[str, int | None, int]) -> None:
+    alone, norms = trained(*setting)
     assert len(set(alone)) == UPDATES
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -111,7 +112,7 @@ def test_two_processes_have_the_losses_of_one(kind: str, micro_batch: int | None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_distributed"])
     results = context.SimpleQueue()
-    processes = [context.Process(target=work, args=(rank, port, kind, micro_batch, results)) for rank in range(2)]
+    processes = [context.Process(target=work, args=(rank, port, setting, results)) for rank in range(2)]
     for process in processes:
         process.start()
     # The one that lives waits for ever for one that died.
