@@ -106,7 +106,8 @@ class TextTower(Frozen):
 class Heads(Frozen):
     """Projection of both towers into the shared space.
 
-    `members`: how many pairs of heads learn side by side, each alone; a similarity is the mean of theirs.
+    `members`: how many pairs of heads learn side by side, each by its own loss; a similarity is the mean of theirs.
+    They share temperature, batches, gradient clipping and the chosen epoch.
     """
 
     kind: Literal["linear", "mlp"] = "mlp"
@@ -178,10 +179,9 @@ class TrainConfig(Frozen):
     those of another, in a proportion drawn from Beta(b, b) for each batch (FuseMix). `micro_batch` pairs are in memory
     with their activations at a time, null for the whole batch: the gradient is the same. `checkpointing` computes
     activations again instead of keeping them. `ema` is the decay of the average of the weights that is evaluated and
-    kept, 0 for none. Checkpoints to go on from
-    are written every `save_every_updates` (null: never for that) and `save_every_minutes`, after the best evaluation
-    and when interrupted; `keep` of them stay. `vram_limit_gb` makes the allocator refuse more than the card that is
-    planned for has.
+    kept, 0 for none. Checkpoints to go on from are written every `save_every_updates` (null: never for that) and
+    `save_every_minutes`, after the best evaluation and when interrupted; `keep` of them stay. `vram_limit_gb` makes the
+    allocator refuse more than the card that is planned for has.
     """
 
     data: str | None = None

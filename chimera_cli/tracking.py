@@ -10,7 +10,7 @@ The thread leaves the talking to a child process of low priority. MLflow's impor
 A group is one MLflow run, its seeds are nested runs. A seed's metrics carry the names of metrics.jsonl; beside them
 `result/<figure>`, `best/<split>/<figure>` (the best checkpoint, evaluated) and `system/<reading>`. Contingency measures
 are counted in `contingency/measures` at their steps, and tags say what was done. Files up to `ARTIFACT_LIMIT` go along,
-so the heads of a locked recipe do and whole towers stay in the run folder.
+so the heads of a locked recipe do; an ensemble of them and whole towers stay in the run folder.
 """
 
 import contextlib

@@ -209,7 +209,8 @@ def loader_setting(
     tower = build_image_tower(config.image.weights, pretrained=False)
     return LoaderSetting(
         image_size=size,
-        batch=batch or config.batch,
+        # A batch counts pairs; the loader reads an image once for all of its captions there.
+        batch=batch or max(1, config.batch // config.captions_per_image),
         crop_scale=looks.crop_scale,
         flip=looks.flip,
         config=None if path is None else str(path),

@@ -99,7 +99,10 @@ def bench_train(
 
 
 def _same_model(config: TrainConfig, listener: Listener) -> TrainConfig:
-    """Return the recipe without what the peer's model has none of: more features than a tower's last, more heads."""
+    """Return the recipe without what the peer has none of: features beside a tower's last, more heads, more positives.
+
+    The peer takes captions of one image for each other's negatives and mixes nothing, so that neither is done.
+    """
     if config.image.stages:
         listener(Note("image.stages: 0 in this race: both have the same towers, and the peer knows no stages"))
         config = config.model_copy(update={"image": config.image.model_copy(update={"stages": 0})})
@@ -109,6 +112,13 @@ def _same_model(config: TrainConfig, listener: Listener) -> TrainConfig:
     if config.heads.members > 1:
         listener(Note("heads.members: 1 in this race: both have the same heads, and the peer knows no ensembles"))
         config = config.model_copy(update={"heads": config.heads.model_copy(update={"members": 1})})
+    if config.mixup:
+        listener(Note("mixup: 0 in this race: both have the same pairs, and the peer mixes none"))
+        config = config.model_copy(update={"mixup": 0.0})
+    if (captions := config.captions_per_image) > 1:
+        batch = max(2, config.batch // captions)
+        listener(Note(f"captions_per_image: 1, batch: {batch} in this race: the peer takes them for negatives"))
+        config = config.model_copy(update={"captions_per_image": 1, "batch": batch})
     return config
 
 
@@ -168,7 +178,7 @@ def full_recipe(config: TrainConfig, batch: int) -> TrainConfig:
     values["image"] |= {"locked": False, "learn_blocks": 0, "stages": 0}
     values["text"] |= {"learn_layers": None, "hidden_states": []}
     values["augmentation"]["views"] = 1
-    values |= {"feature_noise": 0.0, "mixup": 0.0, "batch": batch, "micro_batch": None}
+    values |= {"feature_noise": 0.0, "mixup": 0.0, "captions_per_image": 1, "batch": batch, "micro_batch": None}
     return validate(TrainConfig, values, "full fine-tuning")
 
 

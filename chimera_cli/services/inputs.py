@@ -68,7 +68,7 @@ def warm_caches(
             seconds.append(states[1])
         if split == "train":
             total = sum(seconds)
-            # Per pair, not per caption: a cold run encodes all captions of an image for the one it then draws.
+            # Each pair is charged an image of its own and all captions of it, also where several pairs share one.
             per_pair = total / len(bench.pack.split_indices(split))
     return total, per_pair
 

@@ -133,7 +133,7 @@ class Action(Strict):
 
     id: Identifier
     do: Text
-    set: dict[str, str | bool | int | float | None] = Field(default_factory=dict)
+    set: dict[str, str | bool | int | float | list[int] | None] = Field(default_factory=dict)
     at_least: dict[str, Bound] = Field(default_factory=dict)
     at_most: dict[str, Bound] = Field(default_factory=dict)
     scale: dict[str, Annotated[Finite, Field(gt=0)]] = Field(default_factory=dict)

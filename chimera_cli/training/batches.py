@@ -149,7 +149,7 @@ def pair_batches(
 
     With `mixup` above 0 a pair is mixed with another of its batch: both features in the same proportion, drawn for each
     batch from Beta(mixup, mixup). That is for features; `image_ids` says of which image the first part is.
-    Source: FuseMix (Vouitsis et al. 2024, Data-Efficient Multimodal Fusion on a Single GPU, section 3.2).
+    Source: FuseMix (Vouitsis et al. 2024, Data-Efficient Multimodal Fusion on a Single GPU).
     """
 
     def inputs(place: Place, all_positions: Indices, all_rows: Indices) -> tuple[Tensor, Tensor | Tokens]:

@@ -155,6 +155,8 @@ def test_the_setting_of_a_config_takes_the_statistics_of_its_tower(pack: Pack) -
     assert setting.mean == pytest.approx((0.485, 0.456, 0.406))
     assert setting.std == pytest.approx((0.229, 0.224, 0.225))
     assert (setting.image_size, setting.batch, setting.config) == (64, 4, None)
+    several = config.model_copy(update={"batch": 12, "captions_per_image": 3})
+    assert loader_setting(pack, None, several).batch == 4, "an image is read once for all its captions"
 
 
 def test_an_image_whose_captions_name_a_side_is_never_mirrored(pack: Pack) -> None:

@@ -326,6 +326,16 @@ def test_the_race_is_run_without_hidden_states_too() -> None:
     assert full_recipe(given, 8).text.hidden_states == ()
 
 
+def test_the_race_is_run_with_the_pairs_that_the_peer_can_use() -> None:
+    told: list[Note] = []
+    given = recipe("text.learn_layers=0", "mixup=0.3", "captions_per_image=3", "batch=90")
+    same = service._same_model(given, told.append)
+    assert (same.mixup, same.captions_per_image, same.batch) == (0.0, 1, 30), "as many images as before"
+    assert [note.message.partition(" in")[0] for note in told] == ["mixup: 0", "captions_per_image: 1, batch: 30"]
+    whole = full_recipe(given, 8)
+    assert (whole.mixup, whole.captions_per_image, whole.batch) == (0.0, 1, 8)
+
+
 def test_what_can_not_be_compared_is_refused_before_anything_is_made(small_home: Path) -> None:
     for changes, options, words in (
         (SMALL, {"against": "pillow"}, "only open_clip trains"),

@@ -75,7 +75,7 @@ def keys(pack: Pack) -> list[dict[str, object]]:
 
 def test_hidden_states_have_features_of_their_own_and_leave_the_others_theirs(pack: Pack, model: DualEncoder) -> None:
     plain = pooled_caption_features(model, pack, "dev", CPU, Ear())
-    assert all("hidden_states" not in key for key in keys(pack)), "caches from before stay what they are"
+    assert all("hidden_states" not in key for key in keys(pack))
     more = build_dual_encoder(replace(model.architecture, text_hidden_states=(0, 3))).eval()
     ear = Ear()
     both = pooled_caption_features(more, pack, "dev", CPU, ear)

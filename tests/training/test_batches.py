@@ -290,8 +290,8 @@ def test_processes_mix_as_one_does_and_a_later_start_as_an_earlier() -> None:
     shares = [_mixed(2, 0.3, rank=rank, world=2) for rank in range(2)]
     later = _mixed(2, 0.3, start=(0, 3))
     for number, batch in enumerate(whole):
-        rows = torch.cat([part[number].image for part in shares])
-        assert sorted(rows.tolist()) == sorted(batch.image.tolist())
+        rows = torch.cat([torch.cat([part[number].image, part[number].text], dim=1) for part in shares])  # type: ignore[list-item]
+        assert sorted(rows.tolist()) == sorted(torch.cat([batch.image, batch.text], dim=1).tolist())  # type: ignore[list-item]
         if number >= 3:
             assert torch.equal(later[number - 3].image, batch.image)
             assert torch.equal(later[number - 3].text, batch.text)  # type: ignore[arg-type]
