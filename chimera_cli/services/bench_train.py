@@ -240,7 +240,6 @@ def _task(bench: Workbench, config: TrainConfig, race: TrainRace, files: Mapping
         dim=config.heads.dim,
         temperature=config.loss.temperature,
         batch=config.batch,
-        captions_per_image=config.captions_per_image,
         total=total,
         lr=race.peer_lr,
         weight_decay=config.optimiser.weight_decay,

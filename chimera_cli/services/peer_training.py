@@ -54,7 +54,6 @@ class PeerTraining:
     dim: int
     temperature: float
     batch: int
-    captions_per_image: int
     total: int
     lr: float
     weight_decay: float
@@ -312,7 +311,7 @@ def _batches(task: PeerTraining, transform: Any, tokenise: Any) -> Iterator[Any]
 
 
 class _Order:
-    """The rows of each batch without end: every image in each epoch with captions of its own, as ours are drawn."""
+    """The rows of each batch without end: every image once an epoch with one of its captions, as ours are drawn."""
 
     def __init__(self, task: PeerTraining) -> None:
         self._task = task
@@ -324,13 +323,10 @@ class _Order:
 
         from chimera_cli.training.batches import pair_order
 
-        task = self._task
-        owners = np.asarray(task.owners)
+        owners = np.asarray(self._task.owners)
         by_image = [np.flatnonzero(owners == image) for image in range(int(owners.max()) + 1)]
         for epoch in itertools.count():
-            for _positions, rows in pair_order(
-                by_image, task.batch, task.seed, epoch, captions_per_image=task.captions_per_image
-            ):
+            for _positions, rows in pair_order(by_image, self._task.batch, self._task.seed, epoch):
                 yield rows.tolist()
 
 
