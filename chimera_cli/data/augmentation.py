@@ -63,7 +63,7 @@ def augment(
     threads: int | None = None,
     *,
     out: Tensor | None = None,
-    share: tuple[int, slice] | None = None,
+    share: tuple[int, slice | NDArray[np.int64]] | None = None,
 ) -> Tensor:
     """Return (batch, 3, size, size) float32, normalised and channels last, of uint8 pixels (batch, H, W, 3).
 
@@ -71,7 +71,7 @@ def augment(
     at once; on the CPU image by image in `threads` threads (None: as many as torch computes with), by bicubic kernels
     for uint8 whose result is rounded to whole grey levels, as Pillow's is. `out`, such as an earlier result, takes the
     floats on the CPU; new memory for every batch costs time. Where several processes share a batch of n images,
-    `share` is (n, the slice that these images are): they get what they would get in the whole batch.
+    `share` is (n, which of them these images are): they get what they would get in the whole batch.
     """
     count, part = share or (len(pixels), slice(None))
     draws = torch.rand((_DRAWS, count), generator=generator, device=generator.device).cpu()[:, part]

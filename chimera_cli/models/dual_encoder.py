@@ -1,7 +1,7 @@
 """The dual encoder: two towers, two projection heads and a learned temperature."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chimera_cli.models.heads import EnsembleHead, LinearHead, MlpHead, PlacePooling
 from chimera_cli.models.image_tower import ImageTower, build_image_tower
 from chimera_cli.models.text_tower import TextTower, build_text_tower
 from chimera_cli.models.tokens import Tokens
@@ -24,6 +25,7 @@ class Architecture:
     `learn_layers`: how many of the text tower's last layers learn, None for all of it; `learn_blocks` likewise of the
     blocks of an image tower that is not `image_locked` as a whole. `image_stages`: how many of its last stages are
     pooled beside its own features, `text_hidden_states` which hidden states of a locked text tower beside its last one.
+    `image_queries`: how many learned queries pool the places of these stages in the image head, beside their mean.
     `flipped_view`: an image's feature is the mean over the image and its mirror image. `members`: how many pairs of
     heads there are, each `dim` wide.
     """
@@ -45,6 +47,7 @@ class Architecture:
     image_stages: int = 0
     members: int = 1
     text_hidden_states: tuple[int, ...] = ()
+    image_queries: int = 0
 
     @property
     def embedding_width(self) -> int:
@@ -60,46 +63,6 @@ class Architecture:
         return asdict(self)
 
 
-class LinearHead(nn.Linear):
-    """One matrix, as in CLIP: pooled features (batch, width) -> embedding (batch, dim)."""
-
-
-class MlpHead(nn.Module):
-    """A normalised two-layer perceptron beside a linear shortcut: (batch, width) -> (batch, dim)."""
-
-    def __init__(self, width: int, hidden: int, dim: int, dropout: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
-        self.shortcut = nn.Linear(width, dim)
-        self.expand = nn.Linear(width, hidden)
-        self.contract = nn.Linear(hidden, dim)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the embedding (batch, dim), not yet normalised."""
-        inputs = self.dropout(self.norm(features))
-        hidden = self.dropout(F.gelu(self.expand(inputs)))
-        embedding: Tensor = self.shortcut(inputs) + self.contract(hidden)
-        return embedding
-
-
-class EnsembleHead(nn.Module):
-    """Heads that differ in their first weights and in their dropout: (batch, width) -> (batch, members * dim).
-
-    The unit embeddings of the members stand side by side, each divided by the root of their number: the cosine of two
-    of these embeddings is the mean of the members' cosines. Source: Lakshminarayanan et al. 2017, deep ensembles.
-    """
-
-    def __init__(self, heads: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(heads)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the embedding (batch, members * dim), of unit length."""
-        parts = [F.normalize(head(features), dim=-1) for head in self.members]
-        return torch.cat(parts, dim=-1) / math.sqrt(len(parts))
-
-
 class DualEncoder(nn.Module):
     """Maps images and captions into one space, where matching pairs have a high cosine similarity.
 
@@ -112,8 +75,8 @@ class DualEncoder(nn.Module):
         self.architecture = architecture
         self.image_tower = image_tower
         self.text_tower = text_tower
-        self.image_head = _head(architecture, image_tower.width)
-        self.text_head = _head(architecture, text_tower.width)
+        self.image_head = _head(architecture, lambda: _image_head(architecture, image_tower))
+        self.text_head = _head(architecture, lambda: _single_head(architecture, text_tower.width))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / architecture.temperature)))
         bias = architecture.logit_bias
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
@@ -150,7 +113,8 @@ class DualEncoder(nn.Module):
 
 def build_dual_encoder(architecture: Architecture, pretrained: bool = True) -> DualEncoder:
     """Return the dual encoder of `architecture`: heads fresh, towers pretrained where asked, locked as it says."""
-    image_tower = build_image_tower(architecture.image_weights, pretrained, architecture.image_stages)
+    places = architecture.image_queries > 0
+    image_tower = build_image_tower(architecture.image_weights, pretrained, architecture.image_stages, places)
     text_tower = build_text_tower(architecture.text_weights, pretrained, architecture.text_hidden_states)
     image_tower.learn_only(0 if architecture.image_locked else architecture.learn_blocks)
     text_tower.learn_only(architecture.learn_layers)
@@ -164,11 +128,17 @@ def count_parameters(model: nn.Module) -> Mapping[str, int]:
     return {"parameters_total": total, "parameters_learning": learning}
 
 
-def _head(architecture: Architecture, width: int) -> nn.Module:
+def _head(architecture: Architecture, single: Callable[[], nn.Module]) -> nn.Module:
     # A single head keeps its names in checkpoints.
-    if architecture.members == 1:
-        return _single_head(architecture, width)
-    return EnsembleHead([_single_head(architecture, width) for _ in range(architecture.members)])
+    return single() if architecture.members == 1 else EnsembleHead([single() for _ in range(architecture.members)])
+
+
+def _image_head(architecture: Architecture, tower: ImageTower) -> nn.Module:
+    if not architecture.image_queries:
+        return _single_head(architecture, tower.width)
+    # Each member of an ensemble looks with queries of its own.
+    pooling = PlacePooling(tower.own_width, tower.width - tower.own_width, architecture.image_queries)
+    return nn.Sequential(pooling, _single_head(architecture, pooling.width))
 
 
 def _single_head(architecture: Architecture, width: int) -> nn.Module:

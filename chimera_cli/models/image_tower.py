@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -35,8 +36,10 @@ class ImageTower(nn.Module):
 
     `stages`: how many of the last stages are pooled and stand beside the backbone's own features: what an earlier stage
     tells of an image depends less on the classes that the weights were trained on (Hariharan et al. 2015,
-    Hypercolumns). `locked_blocks`: how many of the first blocks are locked, the stem with them; None where all of the
-    tower learns or nothing of it.
+    Hypercolumns). With `places` these are not pooled: behind the `own_width` features of the backbone stand the
+    channels of each place, (batch, own_width + places * channels), for a head that chooses among places. `width` counts
+    them as if they were pooled, own_width + channels. `locked_blocks`: how many of the first blocks are locked, the
+    stem with them; None where all of the tower learns or nothing of it.
     """
 
     def __init__(
@@ -44,12 +47,13 @@ class ImageTower(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.width = width
+        self.width = self.own_width = width
         self.mean = mean
         self.std = std
         self.frozen_statistics = frozen_statistics
         self.locked_blocks: int | None = None
         self.stages = 0
+        self.places = False
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return pooled features (batch, width) of normalised pixels (batch, 3, S, S).
@@ -65,21 +69,24 @@ class ImageTower(nn.Module):
         return features
 
     def _staged(self, pixels: Tensor) -> Tensor:
-        """Return the backbone's own features and behind them those of its last `stages` stages, (batch, width)."""
-        pooled: list[Tensor] = []
+        """Return the backbone's own features and behind them what its last `stages` stages tell, pooled or by place."""
+        found: list[Tensor] = []
         last_of_stages = [blocks[-1] for blocks in self._stages()[-self.stages :]]
-        taps = {block: Tapped(block, lambda maps: pooled.append(self._pooled(maps))) for block in last_of_stages}
+        taps = {block: Tapped(block, lambda maps: found.append(self._channels_first(maps))) for block in last_of_stages}
         own: Tensor = exchanged(self.backbone, taps)(pixels)
-        return torch.cat([own, *pooled], dim=-1)
+        if not self.places:
+            return torch.cat([own, *(maps.flatten(2).mean(dim=2) for maps in found)], dim=-1)
+        columns = torch.cat([_resized(maps, found[-1]).flatten(2) for maps in found], dim=1)
+        return torch.cat([own, columns.transpose(1, 2).flatten(1)], dim=-1)
 
-    def _pooled(self, maps: Tensor) -> Tensor:
-        """Return the mean over all places, (batch, channels), of (batch, channels, H, W), or of tokens before width."""
+    def _channels_first(self, maps: Tensor) -> Tensor:
+        """Return (batch, channels, ...) of maps as the backbone has them, or of tokens (batch, tokens, channels)."""
         if maps.ndim == 4 and getattr(self.backbone, "output_fmt", "NCHW") == "NCHW":
-            return maps.mean(dim=(2, 3))
-        return maps.flatten(1, -2).mean(dim=1)
+            return maps
+        return maps.movedim(-1, 1)
 
-    def join_stages(self, stages: int) -> None:
-        """Let the last `stages` stages stand beside the backbone's own features; the width grows with them.
+    def join_stages(self, stages: int, places: bool = False) -> None:
+        """Let the last `stages` stages stand beside the backbone's own features, pooled or place by place.
 
         Raises UsageError where the backbone has fewer of them, or none where timm's have them.
         """
@@ -93,6 +100,7 @@ class ImageTower(nn.Module):
             with torch.no_grad():
                 self.width = self._staged(torch.zeros((1, *self._input_size()))).shape[-1]
             self.train(training)
+        self.places = places and stages > 0
 
     def lower_maps(self, pixels: Tensor) -> Tensor:
         """Return maps after the last locked block: what `forward` takes in place of pixels (batch, 3, S, S).
@@ -182,14 +190,24 @@ def _members(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[nn.M
     return list(module.children()) if isinstance(module, kinds) else [module]
 
 
-def build_image_tower(weights: str, pretrained: bool = True, stages: int = 0) -> ImageTower:
+def _resized(maps: Tensor, like: Tensor) -> Tensor:
+    """Return maps (batch, channels, ...) with the places of those of a later stage: means over what each place covers.
+
+    Tokens are as many in all stages.
+    """
+    # Whole numbers, not what an exporter traces of them: it takes no other size.
+    size = [int(side) for side in like.shape[2:]]
+    return maps if list(maps.shape[2:]) == size else F.adaptive_avg_pool2d(maps, (size[0], size[1]))
+
+
+def build_image_tower(weights: str, pretrained: bool = True, stages: int = 0, places: bool = False) -> ImageTower:
     """Return the tower called `weights`; with `pretrained` False only its shape, for a checkpoint to fill.
 
-    Its last `stages` stages stand beside its own features. Raises UsageError for a name that can't be meant, or more
-    stages than there are, and ChimeraError where the weights can't be had.
+    Its last `stages` stages stand beside its own features, pooled or by `places`. Raises UsageError for a name that
+    can't be meant, or more stages than there are, and ChimeraError where the weights can't be had.
     """
     tower = _built(weights, pretrained)
-    tower.join_stages(stages)
+    tower.join_stages(stages, places)
     return tower
 
 

@@ -182,10 +182,10 @@ def _pairs(model: "DualEncoder", pack: "Pack", split: str, device: "torch.device
     import numpy as np
 
     from chimera_cli.evaluation.cca import Pairs, spread_out
-    from chimera_cli.services.embeddings import pooled_caption_features, pooled_image_features
+    from chimera_cli.services.embeddings import locked_image_features, pooled_caption_features
 
     owner = captions_of(pack, split).image_positions
-    images = pooled_image_features(model, pack, split, device, listener).values
+    images = locked_image_features(model, pack, split, device, listener).values
     texts = pooled_caption_features(model, pack, split, device, listener).values
     return Pairs(spread_out(images.mean(axis=1)), np.asarray(texts), owner)
 

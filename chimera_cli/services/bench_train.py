@@ -103,23 +103,24 @@ def _same_model(config: TrainConfig, listener: Listener) -> TrainConfig:
 
     The peer takes captions of one image for each other's negatives and mixes nothing, so that neither is done.
     """
-    if config.image.stages:
-        listener(Note("image.stages: 0 in this race: both have the same towers, and the peer knows no stages"))
-        config = config.model_copy(update={"image": config.image.model_copy(update={"stages": 0})})
-    if config.text.hidden_states:
-        listener(Note("text.hidden_states: [] in this race: both have the same towers, and the peer pools the last"))
-        config = config.model_copy(update={"text": config.text.model_copy(update={"hidden_states": ()})})
-    if config.heads.members > 1:
-        listener(Note("heads.members: 1 in this race: both have the same heads, and the peer knows no ensembles"))
-        config = config.model_copy(update={"heads": config.heads.model_copy(update={"members": 1})})
+    values = config.model_dump()
+    for section, key, without, why in (
+        ("heads", "queries", 0, "both have the same heads, and the peer pools by means"),
+        ("image", "stages", 0, "both have the same towers, and the peer knows no stages"),
+        ("text", "hidden_states", [], "both have the same towers, and the peer pools the last"),
+        ("heads", "members", 1, "both have the same heads, and the peer knows no ensembles"),
+    ):
+        if values[section][key] != without:
+            listener(Note(f"{section}.{key}: {without} in this race: {why}"))
+            values[section][key] = without
     if config.mixup:
         listener(Note("mixup: 0 in this race: both have the same pairs, and the peer mixes none"))
-        config = config.model_copy(update={"mixup": 0.0})
+        values["mixup"] = 0.0
     if (captions := config.captions_per_image) > 1:
         batch = max(2, config.batch // captions)
         listener(Note(f"captions_per_image: 1, batch: {batch} in this race: the peer takes them for negatives"))
-        config = config.model_copy(update={"captions_per_image": 1, "batch": batch})
-    return config
+        values |= {"captions_per_image": 1, "batch": batch}
+    return validate(TrainConfig, values, "the race")
 
 
 def _refuse_incomparable(config: TrainConfig, race: TrainRace) -> None:
@@ -177,6 +178,7 @@ def full_recipe(config: TrainConfig, batch: int) -> TrainConfig:
     values = config.model_dump()
     values["image"] |= {"locked": False, "learn_blocks": 0, "stages": 0}
     values["text"] |= {"learn_layers": None, "hidden_states": []}
+    values["heads"]["queries"] = 0
     values["augmentation"]["views"] = 1
     values |= {"feature_noise": 0.0, "mixup": 0.0, "captions_per_image": 1, "batch": batch, "micro_batch": None}
     return validate(TrainConfig, values, "full fine-tuning")

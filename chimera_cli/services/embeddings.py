@@ -33,8 +33,8 @@ _SOURCES = (
     "data/captions.py",
     "services/embeddings.py",
 )
-# Images whose maps are encoded at a time.
-_MAPS = 64
+# Images whose cached features or maps are embedded at a time.
+_AT_ONCE = 64
 # What this process has said of computing features, and hashes of what it has tried in vain: no session, no cache.
 _said: set[str] = set()
 _unfit: set[str] = set()
@@ -85,11 +85,11 @@ def embed_images(
     from chimera_cli.training.features import Views, image_features
 
     if model.architecture.image_locked:
-        pooled = pooled_image_features(model, pack, split, device, listener).values
-        with torch.inference_mode():
-            return project_views(model, torch.from_numpy(pooled).to(device)).float().cpu().numpy()
+        return _embed_cached(
+            model.project_image, locked_image_features(model, pack, split, device, listener).values, device
+        )
     if (maps := image_maps(model, pack, split, device, listener)) is not None:
-        return _embed_maps(model, maps.values, device)
+        return _embed_cached(model.encode_image, maps.values, device)
     values = image_features(
         model.encode_image,
         model.image_tower,
@@ -104,25 +104,27 @@ def embed_images(
     return mean_direction(torch.from_numpy(values)).numpy()
 
 
-def _embed_maps(model: "DualEncoder", maps: "NDArray[Any]", device: "torch.device") -> "NDArray[np.float32]":
-    """Return image_features (images, dim) of maps (images, views, ...)."""
+def _embed_cached(
+    embed: "Callable[[Tensor], Tensor]", cached: "NDArray[Any]", device: "torch.device"
+) -> "NDArray[np.float32]":
+    """Return image_features (images, dim) of features or maps (images, views, ...): each view's `embed`, averaged."""
     import numpy as np
     import torch
 
     parts = []
     with torch.inference_mode():
-        for start in range(0, len(maps), _MAPS):
-            some = torch.from_numpy(maps[start : start + _MAPS])
-            features = model.encode_image(maps_to(some.flatten(0, 1), device)).float()
+        for start in range(0, len(cached), _AT_ONCE):
+            some = torch.from_numpy(cached[start : start + _AT_ONCE])
+            features = embed(as_floats(some.flatten(0, 1), device)).float()
             parts.append(mean_direction(features.view(*some.shape[:2], -1)).cpu().numpy())
     return np.concatenate(parts)
 
 
-def maps_to(maps: "Tensor", device: "torch.device") -> "Tensor":
-    """Return cached maps (batch, ...) as a tower takes them: on its device, in float32, channels last."""
+def as_floats(cached: "Tensor", device: "torch.device") -> "Tensor":
+    """Return cached features or maps (batch, ...) as a model takes them: on its device, in float32, channels last."""
     import torch
 
-    floats = maps.to(device, non_blocking=True).float()
+    floats = cached.to(device, non_blocking=True).float()
     return floats.contiguous(memory_format=torch.channels_last) if floats.ndim == 4 else floats
 
 
@@ -161,13 +163,7 @@ def mean_direction(views: "torch.Tensor") -> "torch.Tensor":
     return F.normalize(views.mean(dim=1), dim=-1)
 
 
-def project_views(model: "DualEncoder", pooled: "torch.Tensor") -> "torch.Tensor":
-    """Return image_features (n, dim) of pooled features (n, views, width): each view projected, then averaged."""
-    images, views, _width = pooled.shape
-    return mean_direction(model.project_image(pooled.flatten(0, 1)).view(images, views, -1))
-
-
-def pooled_image_features(
+def locked_image_features(
     model: "DualEncoder",
     pack: "Pack",
     split: str,
@@ -175,15 +171,17 @@ def pooled_image_features(
     listener: Listener,
     crops: "Crops | None" = None,
 ) -> "CachedFeatures":
-    """Return the locked image tower's features (images, views, width) of a split from the cache, made if need be.
+    """Return what the locked image tower makes of a split, (images, views, ...), from the cache, made if need be.
 
-    The views are the image itself, its mirror image where the model averages both, and then those of `crops`.
+    The views are the image itself, its mirror image where the model averages both, and then those of `crops`. Features
+    of all places are kept in half precision, where its range is wide enough.
     """
     from chimera_cli.models.sessions import image_session
 
     tower = model.image_tower.eval()
     images = _Images(model, pack, split, device, listener, crops)
-    return images.cached("images", tower, partial(image_session, tower), {})
+    compute = partial(images.cached, "images", tower, partial(image_session, tower))
+    return images.in_half(compute, {"places": True}) if tower.places else compute({})
 
 
 def image_maps(
@@ -200,7 +198,6 @@ def image_maps(
     locked or all are, and for a tower that can't be computed in two parts.
     """
     from chimera_cli.models.sessions import SessionError, compare_image_parts, map_session
-    from chimera_cli.runs import content_hash
 
     tower = model.image_tower
     if tower.locked_blocks is None:
@@ -212,16 +209,7 @@ def image_maps(
         _say_once(listener, f"{error}: nothing of the image tower is cached")
         return None
     compute = partial(images.cached, "maps", tower.lower_maps, partial(map_session, tower))
-    key = {"blocks": tower.locked_blocks}
-    looks = None if crops is None else asdict(crops)
-    tried = content_hash(["maps in half", pack.fingerprint, split, model.architecture.as_dict(), looks])
-    if tried not in _unfit:
-        try:
-            return compute(key, half=True)
-        except OverflowError as error:
-            _unfit.add(tried)
-            _say_once(listener, f"{error}: float32 is cached, which takes twice the disk")
-    return compute(key | {"dtype": "float32"})
+    return images.in_half(compute, {"blocks": tower.locked_blocks})
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +231,20 @@ class _Images:
 
         some = self.pack.images[self.pack.split_indices(self.split)[:_IMAGE_SAMPLES]]
         return preprocess(torch.from_numpy(some), self.model.image_tower, self.model.architecture.image_size)
+
+    def in_half(self, compute: "Callable[..., CachedFeatures]", key: dict[str, Any]) -> "CachedFeatures":
+        """Return what `compute(key, half=True)` gives, or in float32 where its values don't fit into half precision."""
+        from chimera_cli.runs import content_hash
+
+        looks = None if self.crops is None else asdict(self.crops)
+        tried = content_hash(["half", key, self.pack.fingerprint, self.split, self.model.architecture.as_dict(), looks])
+        if tried not in _unfit:
+            try:
+                return compute(key, half=True)
+            except OverflowError as error:
+                _unfit.add(tried)
+                _say_once(self.listener, f"{error}: float32 is cached, which takes twice the disk")
+        return compute(key | {"dtype": "float32"})
 
     def cached(
         self,

@@ -39,12 +39,17 @@ def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) 
     architecture = fresh_architecture(config)
     model = _shape(architecture, config.checkpointing)
     plain = _shape(architecture, False) if config.checkpointing else None
-    pairs = min(config.micro_batch or config.batch, config.batch)
-    maps = None if config.stream else _map_shape(model)
-    found = measure_activations(model, lambda count: _pairs(model, count, maps, config.stream is None), plain)
+    pairs, captions = min(config.micro_batch or config.batch, config.batch), config.captions_per_image
+    image = _image_shape(model, config.stream is None)
+
+    def shown(images: int) -> "PairBatch":
+        return _pairs(model, images, captions, image, config.stream is None)
+
+    found = measure_activations(model, shown, plain)
     half = 0.5 if config.precision in ("float16", "bfloat16") else 1.0
-    activations = half * found.peak_bytes(pairs, config.checkpointing)
-    features, cached = _cache_bytes(model, pack, config, maps)
+    # The captions of an image share what is computed of it.
+    activations = half * found.peak_bytes(math.ceil(pairs / captions), config.checkpointing)
+    features, cached = _cache_bytes(model, pack, config, image)
     total = sum(part.numel() for part in model.parameters()) * _FLOAT
     learning = sum(part.numel() for part in model.parameters() if part.requires_grad) * _FLOAT
     parts: dict[str, float] = {
@@ -53,7 +58,7 @@ def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) 
         "optimiser_gb": 2 * learning + (learning if config.ema else 0),
         "activations_gb": activations,
         # The batch that is trained on and the one that is made meanwhile.
-        "inputs_gb": 2 * config.batch * _input_bytes(_pairs(model, 1, maps, config.stream is None)),
+        "inputs_gb": 2 * math.ceil(config.batch / captions) * _input_bytes(shown(1)),
         "loss_gb": _FLOAT * (8 * config.batch * architecture.embedding_width + 4 * min(config.batch, 4096) ** 2),
         "features_gb": features,
     }
@@ -78,6 +83,19 @@ def _shape(architecture: "Architecture", checkpointing: bool) -> "DualEncoder":
     return model.train()
 
 
+def _image_shape(model: "DualEncoder", cached: bool) -> tuple[int, ...]:
+    """Return the shape of what an image is to the trainer: features, maps where they are `cached`, or pixels."""
+    import torch
+
+    tower, side = model.image_tower, model.architecture.image_size
+    if not model.architecture.image_locked:
+        return (_map_shape(model) if cached else None) or (3, side, side)
+    if not tower.places:
+        return (tower.width,)
+    with torch.inference_mode():
+        return tuple(tower.eval()(torch.zeros(1, 3, side, side)).shape[1:])
+
+
 def _map_shape(model: "DualEncoder") -> tuple[int, ...] | None:
     """Return the shape of what the locked blocks of the image tower make of an image; None where it is not cached."""
     import torch
@@ -96,28 +114,27 @@ def _map_shape(model: "DualEncoder") -> tuple[int, ...] | None:
         return tuple(tower.lower_maps(pixels).shape[1:])
 
 
-def _pairs(model: "DualEncoder", count: int, maps: tuple[int, ...] | None, cached: bool) -> "PairBatch":
-    """Return so many pairs as the towers take them: captions of the full length, the dearest there are.
+def _pairs(model: "DualEncoder", images: int, captions: int, image_shape: tuple[int, ...], cached: bool) -> "PairBatch":
+    """Return so many images with their captions as the towers take them, these of the full length, the dearest.
 
-    Images are `maps` of that shape where it is known, and `cached` says that captions are states where some layers are
-    locked.
+    `cached` says that captions are states where some layers are locked.
     """
     import torch
 
     from chimera_cli.training.batches import PairBatch
 
-    shape, ids = model.architecture, torch.arange(count)
-    image = torch.zeros(count, model.image_tower.width)
-    if not shape.image_locked:
-        image = torch.zeros(count, *(maps or (3, shape.image_size, shape.image_size)))
-        image = image.contiguous(memory_format=torch.channels_last) if image.ndim == 4 else image
+    shape, ids = model.architecture, torch.arange(images).repeat_interleave(captions)
+    image = torch.zeros(images, *image_shape)
+    image = image.contiguous(memory_format=torch.channels_last) if image.ndim == 4 else image
+    rows = ids if captions > 1 else None
     if shape.learn_layers == 0:
-        return PairBatch(0, image, torch.zeros(count, model.text_tower.width), ids)
-    tokens = torch.ones(count, shape.max_tokens, dtype=torch.int64)
+        return PairBatch(0, image, torch.zeros(len(ids), model.text_tower.width), ids, image_rows=rows)
+    tokens = torch.ones(len(ids), shape.max_tokens, dtype=torch.int64)
+    text = {"input_ids": tokens, "attention_mask": tokens}
     if shape.learn_layers and cached:
-        states = torch.zeros(count, shape.max_tokens, model.text_tower.width)
-        return PairBatch(0, image, {"states": states, "attention_mask": tokens}, ids)
-    return PairBatch(0, image, {"input_ids": tokens, "attention_mask": tokens}, ids)
+        states = torch.zeros(len(ids), shape.max_tokens, model.text_tower.width)
+        text = {"states": states, "attention_mask": tokens}
+    return PairBatch(0, image, text, ids, image_rows=rows)
 
 
 def _input_bytes(batch: "PairBatch") -> int:
@@ -128,22 +145,24 @@ def _input_bytes(batch: "PairBatch") -> int:
 
 
 def _cache_bytes(
-    model: "DualEncoder", pack: "Pack", config: TrainConfig, maps: tuple[int, ...] | None
+    model: "DualEncoder", pack: "Pack", config: TrainConfig, image_shape: tuple[int, ...]
 ) -> tuple[int, int]:
     """Return the bytes of what is cached of train and dev: those that stay on the device, and all, on the disk.
 
-    Features of whole towers stay on the device; maps and hidden states are read from the disk batch by batch. A stream
-    caches nothing of train.
+    Pooled features stay on the device; those of all places, maps and hidden states are read from the disk batch by
+    batch. A stream caches nothing of train.
     """
     shape, features, lower = model.architecture, 0, 0
+    of_image = 0 if image_shape == (3, shape.image_size, shape.image_size) else math.prod(image_shape)
+    pooled = shape.image_locked and not model.image_tower.places
     plain = 2 if shape.flipped_view else 1
     for split, views in (("train", max(plain, config.augmentation.views)), ("dev", plain)):
         if split == "train" and config.stream is not None:
             continue
         images, captions = (pack.manifest["splits"][split][name] for name in ("images", "captions"))
-        features += images * views * model.image_tower.width if shape.image_locked else 0
+        features += images * views * of_image if pooled else 0
         features += captions * model.text_tower.width if shape.learn_layers == 0 else 0
-        lower += images * views * math.prod(maps) if maps else 0
+        lower += 0 if pooled else images * views * of_image
         if shape.learn_layers:
             table = model.text_tower.token_table(pack.captions(split).texts, shape.max_tokens)
             lower += len(table.ids) * model.text_tower.width

@@ -8,14 +8,14 @@ from chimera_cli.errors import ChimeraError
 from chimera_cli.events import Listener
 from chimera_cli.services.embeddings import (
     Crops,
+    as_floats,
     caption_states,
     embed_captions,
     embed_images,
     image_maps,
     images_without_sides,
-    maps_to,
+    locked_image_features,
     pooled_caption_features,
-    pooled_image_features,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def warm_caches(
         parts = []
         crops = _crops(model, views, crop_scale, colour_jitter) if split == "train" else None
         if model.architecture.image_locked:
-            parts.append(pooled_image_features(model, bench.pack, split, bench.device, tell, crops))
+            parts.append(locked_image_features(model, bench.pack, split, bench.device, tell, crops))
         if model.architecture.learn_layers == 0:
             parts.append(pooled_caption_features(model, bench.pack, split, bench.device, tell))
         if (maps := image_maps(model, bench.pack, split, bench.device, tell, crops)) is not None:
@@ -163,12 +163,12 @@ def _image_inputs(
     may_flip = images_without_sides(bench.pack) if flip else None
     crops = _crops(model, views, crop_scale, colour_jitter)
     if model.architecture.image_locked:
-        pooled = pooled_image_features(model, bench.pack, "train", bench.device, tell, crops).values
-        return noisy_rows(torch.from_numpy(pooled).to(bench.device), seed, feature_noise, may_flip)
+        features = torch.from_numpy(locked_image_features(model, bench.pack, "train", bench.device, tell, crops).values)
+        if not model.image_tower.places:
+            return noisy_rows(features.to(bench.device), seed, feature_noise, may_flip)
+        return _from_disk(features, seed, bench.device, may_flip)
     if (maps := image_maps(model, bench.pack, "train", bench.device, tell, crops)) is not None:
-        # They stay on the disk: only those of a batch are read.
-        rows = noisy_rows(torch.from_numpy(maps.values), seed, 0.0, may_flip)
-        return lambda positions, place: maps_to(rows(positions, place), bench.device)
+        return _from_disk(torch.from_numpy(maps.values), seed, bench.device, may_flip)
     how = Augmentation(
         model.architecture.image_size,
         crop_scale=crop_scale,
@@ -178,6 +178,16 @@ def _image_inputs(
         std=model.image_tower.std,
     )
     return augmented_pixels(bench.pack.images, bench.pack.split_indices("train"), how, seed, bench.device, may_flip)
+
+
+def _from_disk(
+    views: "Tensor", seed: int, device: "torch.device", may_flip: "Tensor | None"
+) -> "Callable[[NDArray[np.int64], Place], Tensor]":
+    """Return what gives the loader a view (images, ...) of each image; of `views` only those of a batch are read."""
+    from chimera_cli.training.augment import noisy_rows
+
+    rows = noisy_rows(views, seed, 0.0, may_flip)
+    return lambda positions, place: as_floats(rows(positions, place), device)
 
 
 def _text_inputs(

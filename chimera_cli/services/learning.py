@@ -99,6 +99,7 @@ def architecture_of(image: ImageTower, text: TextTower, heads: Heads, loss: Loss
         dim=heads.dim,
         dropout=heads.dropout,
         members=heads.members,
+        image_queries=heads.queries,
         temperature=loss.temperature,
         # SigLIP starts its bias at -10, where almost all pairs are negatives (Zhai et al. 2023, section 3.2).
         logit_bias=-10.0 if loss.kind == "sigmoid" else None,

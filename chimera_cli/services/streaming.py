@@ -79,10 +79,10 @@ def open_stream(config: TrainConfig, pack: "Pack", listener: Listener) -> Stream
 
 def warm_dev(model: "DualEncoder", bench: Workbench, tell: Listener) -> None:
     """Make the cached features of locked towers for dev, so that no evaluation has to."""
-    from chimera_cli.services.embeddings import pooled_caption_features, pooled_image_features
+    from chimera_cli.services.embeddings import locked_image_features, pooled_caption_features
 
     if model.architecture.image_locked:
-        pooled_image_features(model, bench.pack, "dev", bench.device, tell)
+        locked_image_features(model, bench.pack, "dev", bench.device, tell)
     if model.architecture.learn_layers == 0:
         pooled_caption_features(model, bench.pack, "dev", bench.device, tell)
 

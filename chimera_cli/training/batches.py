@@ -2,8 +2,8 @@
 
 import itertools
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ class PairBatch:
     """`image`: pooled features (batch, width) of a locked tower, normalised pixels (batch, 3, S, S), or maps of them.
 
     Maps (batch, ...) are what the locked blocks of a tower make of pixels; `text`: pooled features (batch, width) of a
-    locked tower, or tokens. `image_ids`: (batch,), equal for equal images.
+    locked tower, or tokens. `image_ids`: (batch,), equal for equal images. Where pairs share an image, `image` holds it
+    once and `image_rows`, (batch,), says where; None where each pair has a row of its own.
     `number` counts the batches of the epoch from 0. `whole` is the number of pairs over all processes, 0 where there is
     but one.
     """
@@ -36,6 +37,7 @@ class PairBatch:
     image_ids: Tensor
     number: int = 0
     whole: int = 0
+    image_rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -45,27 +47,29 @@ class PairBatch:
 class Place:
     """Where a batch stands in training: all its randomness comes from the seed and from here.
 
-    Over all processes the batch has `whole` pairs, of which `part` is this process's share.
+    Over all processes the batch has `whole` pairs, or images, of which `part` are meant, such as a process's share.
     """
 
     epoch: int
     number: int
     whole: int
-    part: slice = field(default_factory=lambda: slice(None))
+    part: slice | Indices = field(default_factory=lambda: slice(None))
 
     def generator(self, seed: int, stream: Literal["images", "texts"]) -> torch.Generator:
         """Return the random numbers of this batch: the same whenever, and by whichever process, it is made."""
         return torch.Generator().manual_seed(int(self._words(seed, stream).generate_state(1, np.uint64)[0]))
 
-    def mixture(self, seed: int, beta: float, captions_per_image: int) -> tuple[float, Indices]:
-        """Return the share (0-1) that a pair keeps of itself, from Beta(beta, beta), and who gives the rest, (whole,).
+    def images(self, captions_per_image: int) -> tuple["Place", Indices]:
+        """Return the place of the images that this place's pairs show, and for each of its pairs which one it shows."""
+        of_pairs = (np.arange(self.whole) // captions_per_image)[self.part]
+        shown, rows = np.unique(of_pairs, return_inverse=True)
+        return replace(self, whole=self.whole // captions_per_image, part=shown), rows
 
-        All pairs of an image are mixed with the pairs of one and the same other, in their order: what was of one image
-        still is of one mixture.
-        """
+    def mixture(self, seed: int, beta: float) -> tuple[float, Indices]:
+        """Return the share (0-1) that each keeps of itself, from Beta(beta, beta), and who gives the rest, (whole,)."""
         random = np.random.default_rng(self._words(seed, "mixtures"))
-        firsts = captions_per_image * random.permutation(self.whole // captions_per_image)
-        return random.beta(beta, beta), (firsts[:, None] + np.arange(captions_per_image)).ravel()
+        others = random.permutation(self.whole)
+        return random.beta(beta, beta), others
 
     def _words(self, seed: int, stream: str) -> np.random.SeedSequence:
         return np.random.SeedSequence([seed, self.epoch, _STREAMS[stream], self.number])
@@ -142,39 +146,57 @@ def pair_batches(
 ) -> Generator[PairBatch, None, None]:
     """Yield batches without end, epoch after epoch, from the batch of number `start[1]` in epoch `start[0]` on.
 
-    `images` gives the images at positions, `texts` the captions of rows, both told where the batch stands;
+    `images` gives the images at positions, `texts` the captions of rows, both told where these stand in the batch;
     `image_ids` is (images,). What comes from `start` on equals what an uninterrupted sequence has there, bit for bit.
     `prefetch` batches are made by a thread while the consumer computes: it changes no value. A batch is then valid
     until the next one is asked for. `batch`, `captions_per_image`, `rank` and `world` as in `pair_order`.
 
+    An image is in its batch once, however many of its captions are there: these share one view of it.
+
     With `mixup` above 0 a pair is mixed with another of its batch: both features in the same proportion, drawn for each
-    batch from Beta(mixup, mixup). That is for features; `image_ids` says of which image the first part is.
+    batch from Beta(mixup, mixup), and all captions of an image with those of one and the same other. That is for
+    features; `image_ids` says of which image the first part is.
     Source: FuseMix (Vouitsis et al. 2024, Data-Efficient Multimodal Fusion on a Single GPU).
     """
+    count = captions_per_image
 
-    def inputs(place: Place, all_positions: Indices, all_rows: Indices) -> tuple[Tensor, Tensor | Tokens]:
-        image, text = images(all_positions[place.part], place), texts(all_rows[place.part], place)
+    def inputs(place: Place, positions: Indices, rows: Indices) -> tuple[Tensor, Tensor | Tokens, Tensor | None]:
+        shown, of_pairs = place.images(count)
+        image_rows = torch.from_numpy(of_pairs).to(device) if count > 1 else None
+
+        def image_at(at: Place) -> Tensor:
+            return images(positions[::count][at.part], at)
+
+        def text_at(at: Place) -> Any:
+            return texts(rows[at.part], at)
+
         if not mixup:
-            return image, text
-        assert isinstance(text, Tensor)
-        own, everyone = place.mixture(seed, mixup, captions_per_image)
-        others = everyone[place.part]
-        other_image, other_text = images(all_positions[others], place), texts(all_rows[others], place)
-        assert isinstance(other_text, Tensor)
-        return other_image.lerp(image, own), other_text.lerp(text, own)
+            return image_at(shown), text_at(place), image_rows
+        share, others = shown.mixture(seed, mixup)
+        other_pairs = (count * others[:, None] + np.arange(count)).ravel()
+        return _mixed(image_at, shown, others, share), _mixed(text_at, place, other_pairs, share), image_rows
 
     def made() -> Iterator[PairBatch]:
         for epoch in itertools.count(start[0]):
             places = _places(captions_by_image, batch, seed, epoch, captions_per_image, rank, world)
-            for place, all_positions, all_rows in itertools.islice(places, start[1] if epoch == start[0] else 0, None):
-                ids = torch.from_numpy(image_ids[all_positions[place.part]]).to(device)
-                yield PairBatch(epoch, *inputs(place, all_positions, all_rows), ids, place.number, place.whole)
+            for place, positions, rows in itertools.islice(places, start[1] if epoch == start[0] else 0, None):
+                ids = torch.from_numpy(image_ids[positions[place.part]]).to(device)
+                image, text, image_rows = inputs(place, positions, rows)
+                yield PairBatch(epoch, image, text, ids, place.number, place.whole, image_rows)
 
     yield from ahead(made(), prefetch)
+
+
+def _mixed(features_at: Callable[[Place], Tensor], place: Place, others: Indices, share: float) -> Tensor:
+    """Return the features at a place, a `share` of each, the rest being that of the `others` (whole,) of its batch."""
+    own = features_at(place)
+    everything = len(own) == place.whole
+    other = own[others] if everything else features_at(replace(place, part=others[place.part]))
+    return other.lerp(own, share)
 
 
 def embed_pairs(model: DualEncoder, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Return image_features and text_features, both (batch, dim) and L2-normalised."""
     image = model.project_image(batch.image) if batch.image.ndim == 2 else model.encode_image(batch.image)
     text = model.project_text(batch.text) if isinstance(batch.text, Tensor) else model.encode_text(batch.text)
-    return image, text
+    return image if batch.image_rows is None else image[batch.image_rows], text

@@ -186,4 +186,8 @@ def _piece(batch: PairBatch, rows: slice) -> PairBatch:
     else:
         longest = int(text["attention_mask"][rows].sum(dim=1).max())
         part = {name: tokens[rows, :longest] for name, tokens in text.items()}
-    return PairBatch(batch.epoch, batch.image[rows], part, batch.image_ids[rows], batch.number)
+    image, again = batch.image[rows], None
+    if batch.image_rows is not None:
+        shown, again = torch.unique(batch.image_rows[rows], return_inverse=True)
+        image = batch.image[shown]
+    return PairBatch(batch.epoch, image, part, batch.image_ids[rows], batch.number, image_rows=again)

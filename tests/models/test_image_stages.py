@@ -55,13 +55,15 @@ def test_stages_of_other_towers(name: str, size: int, stages: int, width: int) -
 
 
 @pytest.mark.skipif(session_backend() is None, reason="onnxruntime and onnx are not installed")
+@pytest.mark.parametrize(("places", "parts"), [(False, (1280, 112, 192, 320)), (True, (1280, *4 * (112 + 192 + 320,)))])
 @torch.no_grad()
-def test_a_session_gives_the_stages_too() -> None:
-    tower = build_image_tower(DEFAULT_IMAGE, stages=3).eval()
+def test_a_session_gives_the_stages_too(places: bool, parts: tuple[int, ...]) -> None:
+    # At 64 pixels the last two stages have 2 x 2 places, and the one before them has 4 x 4.
+    tower = build_image_tower(DEFAULT_IMAGE, stages=3, places=places).eval()
     run = image_session(tower, pixels())
     ours, theirs = run(pixels(3)), tower(pixels(3))
     # Each kind of feature by itself: small ones must not hide behind large ones.
-    for mine, its in zip(ours.split((1280, 112, 192, 320), 1), theirs.split((1280, 112, 192, 320), 1), strict=True):
+    for mine, its in zip(ours.split(parts, 1), theirs.split(parts, 1), strict=True):
         assert ((mine - its).norm(dim=1) / its.norm(dim=1)).max() < 1e-3
 
 

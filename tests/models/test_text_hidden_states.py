@@ -107,8 +107,6 @@ def test_a_state_that_there_is_not_is_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"hidden_states": [0], "learn_layers": 1}, "hidden_states needs learn_layers: 0"),
-        ({"hidden_states": [0], "learn_layers": None}, "hidden_states needs learn_layers: 0"),
         ({"hidden_states": [3, 0, 3]}, r"hidden_states names a state twice: \[3, 0, 3\]"),
         ({"hidden_states": [0, -1]}, r"hidden_states\.1: .* greater than or equal to 0, not -1"),
         ({"hidden_states": 3}, r"hidden_states: give a list such as \[0, 3\], not 3"),

@@ -92,7 +92,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draws: Draws) -> Path:
             )
         )
 
-    monkeypatch.setattr(embeddings, "pooled_image_features", images)
+    monkeypatch.setattr(embeddings, "locked_image_features", images)
     monkeypatch.setattr(embeddings, "pooled_caption_features", captions)
     monkeypatch.setattr(embeddings, "embed_split", embed_split)
     monkeypatch.setattr(baseline, "_frozen", frozen)

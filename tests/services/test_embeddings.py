@@ -26,11 +26,13 @@ from chimera_cli.services.embeddings import (
     embed_texts_with,
     image_maps,
     images_without_sides,
+    locked_image_features,
+    mean_direction,
     pooled_caption_features,
-    pooled_image_features,
 )
 from chimera_cli.services.inputs import Workbench, training_batches, warm_caches
 from chimera_cli.training.batches import embed_pairs
+from chimera_cli.training.features import preprocess
 
 CPU = torch.device("cpu")
 needs_sessions = pytest.mark.skipif(session_backend() is None, reason="onnxruntime or onnx is not installed")
@@ -87,13 +89,45 @@ def test_hidden_states_have_features_of_their_own_and_leave_the_others_theirs(pa
     assert pooled_caption_features(model, pack, "dev", CPU, ear).from_cache
 
 
+def test_places_are_kept_in_half_precision_and_embedded_as_the_model_does(pack: Pack, model: DualEncoder) -> None:
+    shape = replace(model.architecture, image_size=64, image_stages=2, image_queries=2)
+    seeing = build_dual_encoder(shape).eval()
+    pooled = build_dual_encoder(replace(shape, image_queries=0)).eval()
+    ear = Ear()
+    places, means = (locked_image_features(each, pack, "dev", CPU, ear) for each in (seeing, pooled))
+    assert ear.notes == []
+    channels = 192 + 320
+    count = (shape.image_size // 32) ** 2
+    assert places.values.shape == (60, 2, 1280 + count * channels)
+    assert (places.values.dtype, means.values.dtype) == (np.float16, np.float32)
+    found = places.values[..., 1280:].reshape(60, 2, count, channels).astype(np.float32).mean(axis=2)
+    assert np.allclose(found, means.values[..., 1280:], atol=2e-2, rtol=2e-2)
+    assert sorted(key.get("places", False) for key in keys(pack)) == [False, True]
+    with torch.inference_mode():
+        indices = pack.split_indices("dev")[:3]
+        pixels = preprocess(torch.from_numpy(pack.images[indices]), seeing.image_tower, shape.image_size)
+        views = torch.stack([seeing.encode_image(view) for view in (pixels, pixels.flip(-1))], dim=1)
+    embedded = embed_images(seeing, pack, "dev", CPU, ear)
+    assert np.allclose(embedded[:3], mean_direction(views).numpy(), atol=2e-3)
+
+
+def test_places_beyond_half_precision_are_kept_in_float32(pack: Pack, model: DualEncoder) -> None:
+    shape = replace(model.architecture, image_stages=1, image_queries=2)
+    loud = build_dual_encoder(shape).eval()
+    with torch.no_grad():
+        loud.image_tower._stages()[-1][-1].bn3.weight.mul_(1e6)  # type: ignore[union-attr, operator]
+    ear = Ear()
+    assert locked_image_features(loud, pack, "dev", CPU, ear).values.dtype == np.float32
+    assert any("float32 is cached, which takes twice the disk" in note for note in ear.notes)
+
+
 @needs_sessions
 def test_a_session_and_pytorch_agree_and_are_kept_apart(
     pack: Pack, model: DualEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ear = Ear()
     pairs = []
-    for features in (pooled_image_features, pooled_caption_features):
+    for features in (locked_image_features, pooled_caption_features):
         fast = features(model, pack, "dev", CPU, ear)
         assert ear.notes == []
         with monkeypatch.context() as patch:
@@ -150,13 +184,13 @@ def test_a_misfit_falls_back_names_the_error_and_is_not_tried_again(
 
 @needs_sessions
 def test_crops_are_further_views_with_a_key_of_their_own(pack: Pack, model: DualEncoder) -> None:
-    plain = pooled_image_features(model, pack, "dev", CPU, Ear())
-    crops = pooled_image_features(model, pack, "dev", CPU, Ear(), Crops(2, 0.5, 0.0))
+    plain = locked_image_features(model, pack, "dev", CPU, Ear())
+    crops = locked_image_features(model, pack, "dev", CPU, Ear(), Crops(2, 0.5, 0.0))
     assert crops.values.shape == (60, 4, 1280)
     assert np.array_equal(crops.values[:, :2], plain.values)
-    other = pooled_image_features(model, pack, "dev", CPU, Ear(), Crops(2, 0.6, 0.0))
+    other = locked_image_features(model, pack, "dev", CPU, Ear(), Crops(2, 0.6, 0.0))
     assert not np.array_equal(other.values[:, 2:], crops.values[:, 2:])
-    assert pooled_image_features(model, pack, "dev", CPU, Ear(), Crops(2, 0.5, 0.0)).from_cache
+    assert locked_image_features(model, pack, "dev", CPU, Ear(), Crops(2, 0.5, 0.0)).from_cache
 
 
 def test_sided_images_are_those_whose_captions_name_a_side(pack: Pack) -> None:
@@ -295,7 +329,7 @@ def test_a_misfit_of_one_size_says_nothing_of_another(
     shape = model.architecture
     for side in (32, 32, 64):
         monkeypatch.setattr(model, "architecture", replace(shape, image_size=side))
-        pooled_image_features(model, pack, "dev", CPU, Ear())
+        locked_image_features(model, pack, "dev", CPU, Ear())
     assert len(tries) == 2
 
 

@@ -70,6 +70,22 @@ def test_views_maps_and_states_are_counted_as_they_are_cached(small_home: Path) 
     assert estimate_full(small_home, streamed)["figures"]["features_cache_gb"] < partly["features_cache_gb"]
 
 
+def test_places_are_read_from_the_disk_and_captions_of_an_image_share_it(small_home: Path) -> None:
+    changes = ["data=small", "image.image_size=64", "image.stages=2", "heads.queries=2", "text.learn_layers=0",
+               "augmentation.flip=true", "batch=60"]  # fmt: skip
+    one, three = (
+        estimate_full(small_home, load_config(TrainConfig, RECIPES / "toy.yaml", [*changes, *more]))["figures"]
+        for more in ([], ["captions_per_image=3"])
+    )
+    # Captions stay on the device: five of 240 images and of 60. Of an image there are 2 x 2 places with 512 channels.
+    assert one["features_gb"] == pytest.approx(4 * 300 * 5 * 384 / GIB)
+    width = 1280 + 4 * (192 + 320)
+    assert one["features_cache_gb"] == pytest.approx((2 * 300 * 2 * width + 4 * 300 * 5 * 384) / GIB)
+    assert one["inputs_gb"] == pytest.approx(2 * 60 * 4 * (width + 384) / GIB)
+    assert three["inputs_gb"] == pytest.approx(2 * 20 * 4 * (width + 3 * 384) / GIB)
+    assert three["activations_gb"] < one["activations_gb"]
+
+
 def test_the_recipe_for_8_gb_fits_and_is_a_large_batch(small_home: Path) -> None:
     config = load_config(TrainConfig, RECIPES / "gtx1080.yaml", ["data=small"])
     found = estimate_full(small_home, config)["figures"]["vram_estimate_gb"]

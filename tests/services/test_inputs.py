@@ -87,13 +87,13 @@ def test_pixels_and_tokens_are_those_of_train_alone(tmp_path: Path, captions_per
 
 
 def test_cached_features_are_those_of_train_alone(tmp_path: Path) -> None:
-    from chimera_cli.services.embeddings import pooled_caption_features, pooled_image_features
+    from chimera_cli.services.embeddings import locked_image_features, pooled_caption_features
 
     pack = make_pack(tmp_path, speckled)
     config, model, bench = parts(pack, *LOCKED)
     features = {
         split: (
-            torch.from_numpy(pooled_image_features(model, pack, split, bench.device, ignore).values),
+            torch.from_numpy(locked_image_features(model, pack, split, bench.device, ignore).values),
             torch.from_numpy(pooled_caption_features(model, pack, split, bench.device, ignore).values),
         )
         for split in ("train", "dev", "test")

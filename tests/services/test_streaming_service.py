@@ -185,7 +185,7 @@ def test_an_image_whose_caption_names_a_side_is_not_mirrored(pack_home: Path, sh
 
 
 def test_a_locked_tower_sees_the_shards_as_it_would_see_a_pack(pack_home: Path, shards: Path) -> None:
-    from chimera_cli.services.embeddings import pooled_caption_features, pooled_image_features
+    from chimera_cli.services.embeddings import locked_image_features, pooled_caption_features
 
     batches, model, bench, told = opened(pack_home, (*LOCKED, f"stream={shards}"))
     assert any("features are computed for every batch" in event.message for event in told if isinstance(event, Note))
@@ -194,7 +194,7 @@ def test_a_locked_tower_sees_the_shards_as_it_would_see_a_pack(pack_home: Path, 
     text = torch.cat([batch.text for batch in epoch])
     assert not image.requires_grad
     assert not text.requires_grad
-    cached = torch.from_numpy(pooled_image_features(model, bench.pack, "train", bench.device, told.append).values[:, 0])
+    cached = torch.from_numpy(locked_image_features(model, bench.pack, "train", bench.device, told.append).values[:, 0])
     # Each streamed image is one of the pack's, and all of them are there.
     places = torch.cdist(image, cached).argmin(dim=1)
     assert sorted(places.tolist()) == list(range(TRAIN))

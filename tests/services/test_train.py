@@ -104,15 +104,25 @@ def test_locked_features_are_computed_once_and_verified(small_home: Path) -> Non
     assert "train image features" in stages, "a changed cache file must be computed anew"
 
 
-@pytest.mark.parametrize("members", [1, 3])
-def test_embeddings_of_the_best_checkpoint_repeat_its_dev_figures(small_home: Path, members: int) -> None:
+@pytest.mark.parametrize(
+    ("more", "members"),
+    [
+        ([], 1),
+        (["heads.members=3"], 3),
+        (["heads.members=2", "heads.queries=3", "image.stages=2", "mixup=0.3", "captions_per_image=2"], 2),
+    ],
+    ids=["one pair of heads", "three", "two with queries"],
+)
+def test_embeddings_of_the_best_checkpoint_repeat_its_dev_figures(
+    small_home: Path, more: list[str], members: int
+) -> None:
     import torch
 
     from chimera_cli.data.pack import open_pack
     from chimera_cli.evaluation.retrieval import retrieval_figures, retrieval_ranks
     from chimera_cli.services.embeddings import embed_split
 
-    config = load_config(TrainConfig, None, [*LOCKED, f"heads.members={members}"])
+    config = load_config(TrainConfig, None, [*LOCKED, *more])
     result = train_full(small_home, config, (0,), "locked", "x")
     group, _ = resolve_run(small_home, result["group"])
     pack = open_pack(small_home / "data", "small")

@@ -231,6 +231,36 @@ def test_the_schedule_warms_up_and_ends_at_zero() -> None:
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
 
 
+def _image_of_each_pair(batch: PairBatch) -> torch.Tensor:
+    return batch.image if batch.image_rows is None else batch.image[batch.image_rows]
+
+
+# ---- captions that share an image -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_captions_of_an_image_share_one_view_of_it(world: int) -> None:
+    views = torch.arange(103 * 4, dtype=torch.float32).view(103, 4, 1)
+    rows = noisy_rows(views, 7, 0.0)
+    shares = []
+    for rank in range(world):
+        batches = pair_batches(
+            CAPTIONS, np.arange(103), rows, lambda rows, _place: torch.from_numpy(rows)[:, None], batch=30, seed=5,
+            device=torch.device("cpu"), captions_per_image=3, rank=rank, world=world,
+        )  # fmt: skip
+        with closing(batches):
+            shares.append(list(itertools.takewhile(lambda batch: batch.epoch == 0, batches)))
+    seen: dict[int, float] = {}
+    for batch in itertools.chain(*shares):
+        assert len(batch.image) == len(set(batch.image_ids.tolist())), "no image is computed twice"
+        shown = _image_of_each_pair(batch)[:, 0].tolist()
+        for image, view in zip(batch.image_ids.tolist(), shown, strict=True):
+            assert int(view) // 4 == image
+            assert seen.setdefault(image, view) == view, "in every process the same"
+    assert len(seen) == 103
+    assert len({int(view) % 4 for view in seen.values()}) == 4, "views are drawn for each image"
+
+
 # ---- mixtures -------------------------------------------------------------------------------------------------------
 
 
@@ -262,9 +292,10 @@ def test_a_mixture_has_two_images_and_a_caption_of_each_in_one_proportion(captio
         assert isinstance(before.text, torch.Tensor)
         assert isinstance(after.text, torch.Tensor)
         partners = []
-        moved = (after.image != before.image).any(dim=1)
+        images = _image_of_each_pair(after)
+        moved = (images != _image_of_each_pair(before)).any(dim=1)
         assert moved.sum() >= len(moved) / 2
-        for own, image, text, changed in zip(before.image_ids.tolist(), after.image, after.text, moved, strict=True):
+        for own, image, text, changed in zip(before.image_ids.tolist(), images, after.text, moved, strict=True):
             of_image = {int(at): image[at].item() for at in image.nonzero()[:, 0]}
             of_text = {int(at) // 5: text[at].item() for at in text.nonzero()[:, 0]}
             assert of_image == of_text, "captions in the proportion of their images"
@@ -280,9 +311,14 @@ def test_a_mixture_has_two_images_and_a_caption_of_each_in_one_proportion(captio
 
 
 def test_proportions_are_drawn_from_the_beta_distribution() -> None:
-    shares = [Place(0, number, 10).mixture(3, 0.3, 1)[0] for number in range(500)]
+    shares = [Place(0, number, 10).mixture(3, 0.3)[0] for number in range(500)]
     assert stats.kstest(shares, stats.beta(0.3, 0.3).cdf).pvalue > 0.05
     assert stats.kstest(shares, stats.beta(1, 1).cdf).pvalue < 1e-6, "the test can tell"
+
+
+def _pairs_of(batch: PairBatch) -> torch.Tensor:
+    assert isinstance(batch.text, torch.Tensor)
+    return torch.cat([_image_of_each_pair(batch), batch.text], dim=1)
 
 
 def test_processes_mix_as_one_does_and_a_later_start_as_an_earlier() -> None:
@@ -290,8 +326,8 @@ def test_processes_mix_as_one_does_and_a_later_start_as_an_earlier() -> None:
     shares = [_mixed(2, 0.3, rank=rank, world=2) for rank in range(2)]
     later = _mixed(2, 0.3, start=(0, 3))
     for number, batch in enumerate(whole):
-        rows = torch.cat([torch.cat([part[number].image, part[number].text], dim=1) for part in shares])  # type: ignore[list-item]
-        assert sorted(rows.tolist()) == sorted(torch.cat([batch.image, batch.text], dim=1).tolist())  # type: ignore[list-item]
+        rows = torch.cat([_pairs_of(part[number]) for part in shares])
+        assert sorted(rows.tolist()) == sorted(_pairs_of(batch).tolist())
         if number >= 3:
             assert torch.equal(later[number - 3].image, batch.image)
             assert torch.equal(later[number - 3].text, batch.text)  # type: ignore[arg-type]

@@ -83,6 +83,20 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(kind, micro, dropout
     assert of.logit_scale.grad != 0
 
 
+@pytest.mark.parametrize("micro", [1, 2, 4, 7, N])
+def test_captions_that_share_an_image_have_the_gradient_of_copies_of_it(micro: int) -> None:
+    of = model(0.0, torch.float64)
+    copies = pairs(of, torch.float64)
+    rows = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3])
+    copies = replace(copies, image=copies.image[:4][rows], image_ids=rows)
+    _, wanted = one_graph(of, copies, N, LOSSES["infonce"])
+    shared = replace(copies, image=copies.image[[0, 3, 6, 9]], image_rows=rows)
+    assert sum(len(piece.image) for piece in split(shared, micro)) < 10 or micro == 1
+    of.zero_grad()
+    backward(of, shared, LOSSES["infonce"], micro_batch=micro)
+    assert (gradient_of(of) - wanted).norm() <= 1e-10 * wanted.norm()
+
+
 @pytest.mark.parametrize("micro", [1, 3, 7])
 def test_without_dropout_the_micro_batch_does_not_change_the_gradient(micro: int) -> None:
     of = model(0.0, torch.float64)
