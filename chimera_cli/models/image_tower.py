@@ -1,6 +1,7 @@
 """Image towers from timm: pixels in, pooled features out."""
 
 import difflib
+import math
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -195,9 +196,15 @@ def _resized(maps: Tensor, like: Tensor) -> Tensor:
 
     Tokens are as many in all stages.
     """
-    # Whole numbers, not what an exporter traces of them: it takes no other size.
-    size = [int(side) for side in like.shape[2:]]
-    return maps if list(maps.shape[2:]) == size else F.adaptive_avg_pool2d(maps, (size[0], size[1]))
+    # Whole numbers, not what an exporter traces of them.
+    have, want = ([int(side) for side in each.shape[2:]] for each in (maps, like))
+    if have == want:
+        return maps
+    squares = [math.ceil(ours / theirs) for ours, theirs in zip(have, want, strict=True)]
+    if [math.ceil(ours / side) for ours, side in zip(have, squares, strict=True)] == want:
+        # What an exporter takes; at the far edges there may be less to take the mean of.
+        return F.avg_pool2d(maps, squares, ceil_mode=True, count_include_pad=False)
+    return F.adaptive_avg_pool2d(maps, (want[0], want[1]))
 
 
 def build_image_tower(weights: str, pretrained: bool = True, stages: int = 0, places: bool = False) -> ImageTower:
