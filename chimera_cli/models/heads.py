@@ -64,12 +64,12 @@ class PlacePooling(nn.Module):
         self.own = own
         self.channels = channels
         self.width = own + channels + queries * _QUERY_WIDTH
-        self.queries = nn.Linear(channels, queries)
+        self.queries = nn.Linear(channels, queries, bias=False)
         # All places count alike at first, so that a query begins as the mean does.
         nn.init.zeros_(self.queries.weight)
         bound = 1 / math.sqrt(channels)
         self.values = nn.Parameter(torch.empty(queries, channels, _QUERY_WIDTH).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(queries, _QUERY_WIDTH))
+        self.bias = nn.Parameter(torch.zeros(queries * _QUERY_WIDTH))
 
     def forward(self, features: Tensor) -> Tensor:
         """Return own features, means and what the queries found, (batch, width)."""
@@ -79,5 +79,5 @@ class PlacePooling(nn.Module):
         normed = F.layer_norm(places, (self.channels,))
         attended = self.queries(normed).softmax(dim=1).transpose(1, 2) @ normed
         # The values are linear: computed after pooling they cost as many times less as there are places.
-        found = torch.einsum("bqc,qcv->bqv", attended, self.values) + self.bias
-        return torch.cat([features[:, : self.own], places.mean(dim=1), found.flatten(1)], dim=1)
+        found = torch.einsum("bqc,qcv->bqv", attended, self.values).flatten(1) + self.bias
+        return torch.cat([features[:, : self.own], places.mean(dim=1), found], dim=1)

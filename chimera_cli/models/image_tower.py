@@ -33,7 +33,7 @@ _HOLDERS = re.compile(r"blocks|stages|layers|features|(layer|stage|s)\d+")
 
 
 class ImageTower(nn.Module):
-    """A timm backbone without its classifier: normalised pixels (batch, 3, S, S) -> pooled features (batch, width).
+    """A timm backbone without its classifier: normalised pixels (batch, 3, S, S) -> features (batch, width).
 
     `stages`: how many of the last stages are pooled and stand beside the backbone's own features: what an earlier stage
     tells of an image depends less on the classes that the weights were trained on (Hariharan et al. 2015,
@@ -57,7 +57,7 @@ class ImageTower(nn.Module):
         self.places = False
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return pooled features (batch, width) of normalised pixels (batch, 3, S, S).
+        """Return features (batch, width) of normalised pixels (batch, 3, S, S), with `places` longer ones.
 
         Instead of pixels there may be maps, what `lower_maps` made of them: then only the blocks that learn are
         computed, and what comes after them.
@@ -71,14 +71,19 @@ class ImageTower(nn.Module):
 
     def _staged(self, pixels: Tensor) -> Tensor:
         """Return the backbone's own features and behind them what its last `stages` stages tell, pooled or by place."""
-        found: list[Tensor] = []
-        last_of_stages = [blocks[-1] for blocks in self._stages()[-self.stages :]]
-        taps = {block: Tapped(block, lambda maps: found.append(self._channels_first(maps))) for block in last_of_stages}
-        own: Tensor = exchanged(self.backbone, taps)(pixels)
+        own, found = self._with_stages(pixels)
         if not self.places:
             return torch.cat([own, *(maps.flatten(2).mean(dim=2) for maps in found)], dim=-1)
         columns = torch.cat([_resized(maps, found[-1]).flatten(2) for maps in found], dim=1)
         return torch.cat([own, columns.transpose(1, 2).flatten(1)], dim=-1)
+
+    def _with_stages(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the backbone's own features and what leaves its last stages, (batch, channels, ...) each."""
+        found: list[Tensor] = []
+        last_of_stages = [blocks[-1] for blocks in self._stages()[-self.stages :]]
+        taps = {block: Tapped(block, lambda maps: found.append(self._channels_first(maps))) for block in last_of_stages}
+        own: Tensor = exchanged(self.backbone, taps)(pixels)
+        return own, found
 
     def _channels_first(self, maps: Tensor) -> Tensor:
         """Return (batch, channels, ...) of maps as the backbone has them, or of tokens (batch, tokens, channels)."""
@@ -89,7 +94,7 @@ class ImageTower(nn.Module):
     def join_stages(self, stages: int, places: bool = False) -> None:
         """Let the last `stages` stages stand beside the backbone's own features, pooled or place by place.
 
-        Raises UsageError where the backbone has fewer of them, or none where timm's have them.
+        Raises UsageError where the backbone has fewer of them, none where timm's have them, or places that don't fit.
         """
         found = len(self._stages()) if stages else 0
         if stages > found:
@@ -99,8 +104,13 @@ class ImageTower(nn.Module):
             training = self.training
             self.eval()
             with torch.no_grad():
-                self.width = self._staged(torch.zeros((1, *self._input_size()))).shape[-1]
+                own, maps = self._with_stages(torch.zeros((1, *self._input_size())))
             self.train(training)
+            if places and len({each.shape[2:] if each.ndim == 3 else None for each in maps}) > 1:
+                name = type(self.backbone).__name__
+                raise UsageError(f"the last {stages} stages of {name} have unlike tokens", "--set image.stages=1")
+            self.own_width = own.shape[-1]
+            self.width = self.own_width + sum(each.shape[1] for each in maps)
         self.places = places and stages > 0
 
     def lower_maps(self, pixels: Tensor) -> Tensor:
@@ -145,7 +155,7 @@ class ImageTower(nn.Module):
         found = [blocks for blocks in found if blocks]
         if not found:
             name = type(self.backbone).__name__
-            hint = "--set image.learn_blocks=0 --set image.stages=0"
+            hint = "--set image.learn_blocks=0 --set image.stages=0 --set heads.queries=0"
             raise UsageError(f"the image tower {name} has no blocks to choose from", hint)
         return found
 

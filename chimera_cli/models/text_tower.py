@@ -1,6 +1,7 @@
 """Text towers from transformers: captions to tokens to mean-pooled sentence features."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class TextTower(nn.Module):
     def __init__(self, encoder: nn.Module, tokeniser: Any, width: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.width = width
+        self.width = self.state_width = width
         self.locked_layers: int | None = None
         self.hidden_states: tuple[int, ...] = ()
         self._tokeniser = tokeniser
@@ -85,15 +86,23 @@ class TextTower(nn.Module):
         return torch.cat(pieces)[order.argsort()]
 
     def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        if not self.hidden_states:
-            return _mean(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
-        found = self.encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        states = (found.last_hidden_state, *(found.hidden_states[number] for number in self.hidden_states))
-        return torch.cat([_mean(one, mask) for one in states], dim=-1)
+        return self._pooled(partial(self.encoder, input_ids=ids), mask, 0)
 
     def _encode_states(self, states: Tensor, mask: Tensor) -> Tensor:
         upper = self._part(slice(self.locked_layers, None), _Given())
-        return _mean(upper(inputs_embeds=states, attention_mask=mask).last_hidden_state, mask)
+        return self._pooled(partial(upper, inputs_embeds=states), mask, self.locked_layers or 0)
+
+    def _pooled(self, encoder: Callable[..., Any], mask: Tensor, first: int) -> Tensor:
+        """Return the features (batch, width) that an encoder gives whose hidden states begin with number `first`."""
+        if not self.hidden_states:
+            return _mean(encoder(attention_mask=mask).last_hidden_state, mask)
+        found = encoder(attention_mask=mask, output_hidden_states=True)
+        states = (found.last_hidden_state, *(found.hidden_states[number - first] for number in self.hidden_states))
+        return torch.cat([_mean(one, mask) for one in states], dim=-1)
+
+    def divisible(self) -> bool:
+        """Whether the layers that learn, given `states`, make all of the features: none is of a state before these."""
+        return min(self.hidden_states, default=self.locked_layers or 0) >= (self.locked_layers or 0)
 
     def lower_states(self, tokens: Tokens) -> Tensor:
         """Return hidden states (batch, tokens, width) after the last locked layer: what `forward` takes as `states`.
@@ -143,7 +152,7 @@ class TextTower(nn.Module):
                 f"text.hidden_states: {unknown[0]} is none of the states before the tower's last, 0 to {layers - 1}",
                 f"--set 'text.hidden_states={others}'",
             )
-        self.width = self.width // (1 + len(self.hidden_states)) * (1 + len(numbers))
+        self.width = self.state_width * (1 + len(numbers))
         self.hidden_states = tuple(numbers)
 
     def learn_only(self, last_layers: int | None) -> None:

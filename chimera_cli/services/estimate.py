@@ -25,9 +25,9 @@ _HALF = 2  # bytes, of which cached maps and hidden states are
 def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) -> dict[str, Any]:
     """Return the memory by parts, in GiB, and the updates that a recipe takes; its time where it has been trained.
 
-    Activations are measured on this machine's CPU with 2 and 4 pairs and scaled to the micro-batch; the rest follows
-    from shapes. `vram_estimate_gb` is what torch's allocator will hold at most on a GPU, its context left out, as
-    `vram_limit_gb` counts.
+    Activations are measured on this machine's CPU with 2 and 4 images and their captions, and scaled to the
+    micro-batch; the rest follows from shapes. `vram_estimate_gb` is what torch's allocator will hold at most on a
+    GPU, its context left out, as `vram_limit_gb` counts.
     """
     import torch
 
@@ -57,8 +57,8 @@ def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) 
         "gradients_gb": learning,
         "optimiser_gb": 2 * learning + (learning if config.ema else 0),
         "activations_gb": activations,
-        # The batch that is trained on and the one that is made meanwhile.
-        "inputs_gb": 2 * math.ceil(config.batch / captions) * _input_bytes(shown(1)),
+        # The batch that is trained on and the one that is made meanwhile; what is mixed is there twice more.
+        "inputs_gb": (4 if config.mixup else 2) * math.ceil(config.batch / captions) * _input_bytes(shown(1)),
         "loss_gb": _FLOAT * (8 * config.batch * architecture.embedding_width + 4 * min(config.batch, 4096) ** 2),
         "features_gb": features,
     }
@@ -131,8 +131,8 @@ def _pairs(model: "DualEncoder", images: int, captions: int, image_shape: tuple[
         return PairBatch(0, image, torch.zeros(len(ids), model.text_tower.width), ids, image_rows=rows)
     tokens = torch.ones(len(ids), shape.max_tokens, dtype=torch.int64)
     text = {"input_ids": tokens, "attention_mask": tokens}
-    if shape.learn_layers and cached:
-        states = torch.zeros(len(ids), shape.max_tokens, model.text_tower.width)
+    if shape.learn_layers and cached and model.text_tower.divisible():
+        states = torch.zeros(len(ids), shape.max_tokens, model.text_tower.state_width)
         text = {"states": states, "attention_mask": tokens}
     return PairBatch(0, image, text, ids, image_rows=rows)
 
@@ -163,9 +163,9 @@ def _cache_bytes(
         features += images * views * of_image if pooled else 0
         features += captions * model.text_tower.width if shape.learn_layers == 0 else 0
         lower += 0 if pooled else images * views * of_image
-        if shape.learn_layers:
+        if shape.learn_layers and model.text_tower.divisible():
             table = model.text_tower.token_table(pack.captions(split).texts, shape.max_tokens)
-            lower += len(table.ids) * model.text_tower.width
+            lower += len(table.ids) * model.text_tower.state_width
     return _FLOAT * features, _FLOAT * features + _HALF * lower
 
 

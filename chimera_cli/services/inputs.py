@@ -102,10 +102,10 @@ def training_batches(
 ) -> "Generator[PairBatch, None, None]":
     """Return the endless batches of the train split, from cached features as far as the towers are locked.
 
-    Of the `views` that are cached of an image each pair shows another one at random. The batches begin at `start`,
+    Of the `views` that are cached of an image each batch shows another one at random. The batches begin at `start`,
     (epoch, number in the epoch), with what an uninterrupted sequence has there; of the `batch`
     pairs process `rank` of `world` gets its share. Where pixels or tokens have to be made, a thread makes those of the
-    next batch while this one is trained on. `mixup` as in `pair_batches`: it needs both towers locked.
+    next batch while this one is trained on. `mixup` as in `pair_batches`.
     """
     from chimera_cli.training.batches import pair_batches
 

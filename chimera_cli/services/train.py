@@ -387,7 +387,7 @@ def _read_ahead(
                 world=world,
             )
             for positions, _ in itertools.islice(batches, start[1] if epoch == start[0] else 0, None):
-                yield indices[positions]
+                yield indices[np.unique(positions)]
 
     with closing(pairs):
         yield from read_ahead(pairs, pack.images, order(), threads)
@@ -471,8 +471,10 @@ def _refuse_shares(config: TrainConfig, processes: "Processes", contingency: str
         )
     if config.stream is not None:
         raise UsageError("a stream is trained on by one process", "leave out torchrun, or prepare a pack of the shards")
-    if config.batch < 2 * processes.world:
-        raise UsageError(f"batch {config.batch} is too small for {processes.world} processes", "--set batch=...")
+    if config.batch < (least := 2 * processes.world * config.captions_per_image):
+        raise UsageError(
+            f"batch {config.batch} is too small for {processes.world} processes", f"--set batch={least} or more"
+        )
     if config.image.weights == "tiny":
         raise UsageError(
             "an image tower from scratch has the statistics of its process's pairs, not of the batch",

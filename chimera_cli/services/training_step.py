@@ -31,17 +31,20 @@ def make_training_step(
     captions are the first ones of the pack: what a step costs does not depend on which they are. Raises ChimeraError
     for a pack without captions.
     """
+    import torch
+
     from chimera_cli.runtime import device_capability, pick_precision
     from chimera_cli.training.batches import PairBatch
 
     shape = architecture_of(config.image, config.text, config.heads, config.loss, flipped_view=False)
     model = fresh_model(shape, 0, device, config.checkpointing)
     bench = Workbench(pack, device, pick_precision(config.precision, device_capability(device)))
-    captions = _first_captions(model, pack, device)
+    captions, count = _first_captions(model, pack, device), config.captions_per_image
 
     def pairs(pixels: "Tensor") -> PairBatch:
-        text, image_ids = captions(len(pixels))
-        return PairBatch(0, pixels, text, image_ids)
+        text = captions(count * len(pixels))
+        rows = torch.arange(len(pixels), device=device).repeat_interleave(count)
+        return PairBatch(0, pixels, text, rows, image_rows=rows if count > 1 else None)
 
     def run(batches: "Iterator[PairBatch]") -> None:
         # The batches decide when it ends, not the number of updates.
@@ -61,8 +64,8 @@ def make_training_step(
 
 def _first_captions(
     model: "DualEncoder", pack: "Pack", device: "torch.device"
-) -> "Callable[[int], tuple[Tensor | dict[str, Tensor], Tensor]]":
-    """Return what gives n captions, tokenised anew each time or as features of a locked tower, and n image ids."""
+) -> "Callable[[int], Tensor | dict[str, Tensor]]":
+    """Return what gives n captions, tokenised anew each time or as features of a locked tower."""
     import torch
 
     texts = pack.captions("train").texts
@@ -76,13 +79,12 @@ def _first_captions(
         encoded = model.tokenise([texts[row % len(texts)] for row in range(count)])
         return {name: part.to(device, non_blocking=True) for name, part in encoded.items()}
 
-    def captions(count: int) -> "tuple[Tensor | dict[str, Tensor], Tensor]":
-        image_ids = torch.arange(count, device=device)
+    def captions(count: int) -> "Tensor | dict[str, Tensor]":
         if model.architecture.learn_layers != 0:
-            return tokens(count), image_ids
+            return tokens(count)
         if count not in known:
             with torch.no_grad():
                 known[count] = model.text_tower(tokens(count)).float()
-        return known[count], image_ids
+        return known[count]
 
     return captions

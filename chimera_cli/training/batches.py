@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,12 +21,32 @@ _STREAMS = {"images": 2, "texts": 3, "mixtures": 4}
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """How features are mixed before the heads: row k of what comes out has a `share` of row own[k], else other[k]."""
+
+    share: float
+    own: Tensor
+    other: Tensor
+
+    def of(self, features: Tensor) -> Tensor:
+        """Return (len(own), width) of features (rows, width)."""
+        return features[self.other].lerp_(features[self.own], self.share)
+
+    def part(self, which: Tensor | slice) -> tuple[Tensor, "Mixture"]:
+        """Return the rows that some of the mixed ones are made of, and how they are made of these rows alone."""
+        own, other = self.own[which], self.other[which]
+        needed, rows = torch.unique(torch.cat([own, other]), return_inverse=True)
+        return needed, Mixture(self.share, rows[: len(own)], rows[len(own) :])
+
+
+@dataclass(frozen=True, slots=True)
 class PairBatch:
     """`image`: pooled features (batch, width) of a locked tower, normalised pixels (batch, 3, S, S), or maps of them.
 
     Maps (batch, ...) are what the locked blocks of a tower make of pixels; `text`: pooled features (batch, width) of a
     locked tower, or tokens. `image_ids`: (batch,), equal for equal images. Where pairs share an image, `image` holds it
-    once and `image_rows`, (batch,), says where; None where each pair has a row of its own.
+    once and `image_rows`, (batch,), says where; None where each pair has a row of its own. What the towers make of both
+    is mixed where `mixtures`, those of images and of texts, say how; `image_rows` then counts mixed images.
     `number` counts the batches of the epoch from 0. `whole` is the number of pairs over all processes, 0 where there is
     but one.
     """
@@ -38,6 +58,7 @@ class PairBatch:
     number: int = 0
     whole: int = 0
     image_rows: Tensor | None = None
+    mixtures: tuple[Mixture, Mixture] | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -59,10 +80,13 @@ class Place:
         """Return the random numbers of this batch: the same whenever, and by whichever process, it is made."""
         return torch.Generator().manual_seed(int(self._words(seed, stream).generate_state(1, np.uint64)[0]))
 
+    def indices(self) -> Indices:
+        """Return the numbers, from 0 to `whole` - 1, of those that are meant."""
+        return np.arange(self.whole)[self.part]
+
     def images(self, captions_per_image: int) -> tuple["Place", Indices]:
         """Return the place of the images that this place's pairs show, and for each of its pairs which one it shows."""
-        of_pairs = (np.arange(self.whole) // captions_per_image)[self.part]
-        shown, rows = np.unique(of_pairs, return_inverse=True)
+        shown, rows = np.unique(self.indices() // captions_per_image, return_inverse=True)
         return replace(self, whole=self.whole // captions_per_image, part=shown), rows
 
     def mixture(self, seed: int, beta: float) -> tuple[float, Indices]:
@@ -90,7 +114,7 @@ def pair_order(
     With `captions_per_image` k an image stands k times in a row in its batch, each time with another caption as long as
     it has so many. The batches are as even as can be, so that no tail of one or two pairs makes a step of its own.
     `batch` counts the pairs of all `world` processes: together their batches are those of a single process, pair by
-    pair, and for k = 1 the shares of a process in an epoch are `epoch_order(n, seed, epoch, rank, world)`.
+    pair, and the images of a process in an epoch are `epoch_order(n, seed, epoch, rank, world)`.
     """
     for place, positions, rows in _places(captions_by_image, batch, seed, epoch, captions_per_image, rank, world):
         yield positions[place.part], rows[place.part]
@@ -105,7 +129,10 @@ def _places(
     rank: int,
     world: int,
 ) -> Iterator[tuple[Place, Indices, Indices]]:
-    """Yield where each batch of an epoch stands, with the positions and caption rows of all processes."""
+    """Yield where each batch of an epoch stands, with the positions and caption rows of all processes.
+
+    The processes share out the images of a batch: all pairs of an image are for one of them.
+    """
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is not in 0..{world - 1}")
     order = epoch_order(len(captions_by_image), seed, epoch)
@@ -116,9 +143,10 @@ def _places(
         rows = np.concatenate(
             [_drawn(captions_by_image[position], captions_per_image, choices) for position in positions]
         )
-        part = slice((rank - done) % world, None, world)
+        images = np.arange((rank - done) % world, len(positions), world)
+        part = (captions_per_image * images[:, None] + np.arange(captions_per_image)).ravel()
         yield Place(epoch, number, len(rows), part), np.repeat(positions, captions_per_image), rows
-        done += len(rows)
+        done += len(positions)
 
 
 def _drawn(captions: Indices, count: int, choices: np.random.Generator) -> Indices:
@@ -153,50 +181,61 @@ def pair_batches(
 
     An image is in its batch once, however many of its captions are there: these share one view of it.
 
-    With `mixup` above 0 a pair is mixed with another of its batch: both features in the same proportion, drawn for each
-    batch from Beta(mixup, mixup), and all captions of an image with those of one and the same other. That is for
-    features; `image_ids` says of which image the first part is.
+    With `mixup` above 0 a pair is mixed with another of its batch: what enters the heads, image and text in the same
+    proportion, drawn for each batch from Beta(mixup, mixup), and all captions of an image with those of one and the
+    same other; `image_ids` says of which image the first part is.
     Source: FuseMix (Vouitsis et al. 2024, Data-Efficient Multimodal Fusion on a Single GPU).
     """
     count = captions_per_image
 
-    def inputs(place: Place, positions: Indices, rows: Indices) -> tuple[Tensor, Tensor | Tokens, Tensor | None]:
-        shown, of_pairs = place.images(count)
-        image_rows = torch.from_numpy(of_pairs).to(device) if count > 1 else None
-
-        def image_at(at: Place) -> Tensor:
-            return images(positions[::count][at.part], at)
-
-        def text_at(at: Place) -> Any:
-            return texts(rows[at.part], at)
-
-        if not mixup:
-            return image_at(shown), text_at(place), image_rows
-        share, others = shown.mixture(seed, mixup)
-        other_pairs = (count * others[:, None] + np.arange(count)).ravel()
-        return _mixed(image_at, shown, others, share), _mixed(text_at, place, other_pairs, share), image_rows
-
     def made() -> Iterator[PairBatch]:
         for epoch in itertools.count(start[0]):
-            places = _places(captions_by_image, batch, seed, epoch, captions_per_image, rank, world)
+            places = _places(captions_by_image, batch, seed, epoch, count, rank, world)
             for place, positions, rows in itertools.islice(places, start[1] if epoch == start[0] else 0, None):
-                ids = torch.from_numpy(image_ids[positions[place.part]]).to(device)
-                image, text, image_rows = inputs(place, positions, rows)
-                yield PairBatch(epoch, image, text, ids, place.number, place.whole, image_rows)
+                pairs, (shown, of_pairs) = place.indices(), place.images(count)
+                mixtures = None
+                if mixup:
+                    share, others = shown.mixture(seed, mixup)
+                    other_pairs = (count * others[:, None] + np.arange(count)).ravel()
+                    shown, of_images = _mixed(shown, others, share, device)
+                    place, of_texts = _mixed(place, other_pairs, share, device)
+                    mixtures = of_images, of_texts
+                yield PairBatch(
+                    epoch,
+                    images(positions[::count][shown.part], shown),
+                    texts(rows[place.part], place),
+                    torch.from_numpy(image_ids[positions[pairs]]).to(device),
+                    place.number,
+                    place.whole,
+                    torch.from_numpy(of_pairs).to(device) if count > 1 else None,
+                    mixtures,
+                )
 
     yield from ahead(made(), prefetch)
 
 
-def _mixed(features_at: Callable[[Place], Tensor], place: Place, others: Indices, share: float) -> Tensor:
-    """Return the features at a place, a `share` of each, the rest being that of the `others` (whole,) of its batch."""
-    own = features_at(place)
-    everything = len(own) == place.whole
-    other = own[others] if everything else features_at(replace(place, part=others[place.part]))
-    return other.lerp(own, share)
+def _mixed(place: Place, others: Indices, share: float, device: torch.device) -> tuple[Place, Mixture]:
+    """Return where all stand that go into the mixtures of a place with the `others` (whole,), and these mixtures."""
+    own = place.indices()
+    needed = np.union1d(own, others[own])
+    rows = (torch.from_numpy(np.searchsorted(needed, each)).to(device) for each in (own, others[own]))
+    return replace(place, part=needed), Mixture(share, *rows)
 
 
 def embed_pairs(model: DualEncoder, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Return image_features and text_features, both (batch, dim) and L2-normalised."""
-    image = model.project_image(batch.image) if batch.image.ndim == 2 else model.encode_image(batch.image)
-    text = model.project_text(batch.text) if isinstance(batch.text, Tensor) else model.encode_text(batch.text)
-    return image if batch.image_rows is None else image[batch.image_rows], text
+    image = batch.image if batch.image.ndim == 2 else model.image_tower(batch.image)
+    text = batch.text if isinstance(batch.text, Tensor) else model.text_tower(batch.text)
+    if batch.mixtures is not None:
+        of_images, of_texts = batch.mixtures
+        image, text = of_images.of(image), of_texts.of(text)
+    image = model.project_image(image)
+    return image if batch.image_rows is None else _repeated(image, batch.image_rows), model.project_text(text)
+
+
+def _repeated(features: Tensor, rows: Tensor) -> Tensor:
+    """Return some rows of features, some of them several times, so that their gradients are summed in a fixed order.
+
+    On a CPU the gradient of indexing adds in whatever order its threads come, on a GPU that of `index_select` does.
+    """
+    return features.index_select(0, rows) if features.device.type == "cpu" else features[rows]

@@ -16,6 +16,8 @@ from chimera_cli.models.weights import file_hash
 from chimera_cli.runs import cannot_write, content_hash, locked, write_json
 from chimera_cli.runtime import Stopwatch
 
+# What files were when this process last read them, and their hashes: evaluations ask again after every epoch.
+_hashes: dict[Path, tuple[tuple[int, int, int], str]] = {}
 # (shape, type) -> an array to fill, in memory or in a file.
 Allocate = Callable[[tuple[int, ...], Any], NDArray[Any]]
 
@@ -71,7 +73,16 @@ def _valid_facts(values_path: Path, facts_path: Path) -> dict[str, Any] | None:
         facts: dict[str, Any] = json.loads(facts_path.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    return facts if facts.get("sha256") == file_hash.__wrapped__(values_path) else None
+    return facts if facts.get("sha256") == _current_hash(values_path) else None
+
+
+def _current_hash(path: Path) -> str:
+    """Return the hash of a file, which is read again only where the file is no longer as it was."""
+    found = path.stat()
+    now = (found.st_ino, found.st_mtime_ns, found.st_size)
+    if path not in _hashes or _hashes[path][0] != now:
+        _hashes[path] = now, file_hash.__wrapped__(path)
+    return _hashes[path][1]
 
 
 def _fill(path: Path, compute: Callable[[Allocate], object]) -> None:

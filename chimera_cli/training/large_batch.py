@@ -180,14 +180,24 @@ def _wide(features: Tensor) -> Tensor:
 
 
 def _piece(batch: PairBatch, rows: slice) -> PairBatch:
+    """Return the pairs `rows` of a batch, with all that goes into their mixtures."""
+    shown: Tensor | slice = rows
+    texts: Tensor | slice = rows
+    again = mixtures = None
+    if batch.image_rows is not None:
+        # They rise without gaps: a slice of images, which takes no memory of its own.
+        of_pairs = batch.image_rows[rows]
+        shown, again = slice(int(of_pairs[0]), int(of_pairs[-1]) + 1), of_pairs - of_pairs[0]
+    if batch.mixtures is not None:
+        (shown, of_images), (texts, of_texts) = (
+            mixture.part(which) for mixture, which in zip(batch.mixtures, (shown, texts), strict=True)
+        )
+        mixtures = of_images, of_texts
     text = batch.text
     if isinstance(text, Tensor):
-        part: Tensor | dict[str, Tensor] = text[rows]
+        part: Tensor | dict[str, Tensor] = text[texts]
     else:
-        longest = int(text["attention_mask"][rows].sum(dim=1).max())
-        part = {name: tokens[rows, :longest] for name, tokens in text.items()}
-    image, again = batch.image[rows], None
-    if batch.image_rows is not None:
-        shown, again = torch.unique(batch.image_rows[rows], return_inverse=True)
-        image = batch.image[shown]
-    return PairBatch(batch.epoch, image, part, batch.image_ids[rows], batch.number, image_rows=again)
+        longest = int(text["attention_mask"][texts].sum(dim=1).max())
+        part = {name: tokens[texts, :longest] for name, tokens in text.items()}
+    ids = batch.image_ids[rows]
+    return PairBatch(batch.epoch, batch.image[shown], part, ids, batch.number, image_rows=again, mixtures=mixtures)

@@ -128,7 +128,7 @@ def test_a_tower_without_blocks_is_refused() -> None:
     tower = ImageTower(nn.Sequential(nn.Conv2d(3, 4, 1)), 4, HALF, HALF, frozen_statistics=True)
     with pytest.raises(UsageError, match="Sequential has no blocks to choose from") as caught:
         tower.learn_only(1)
-    assert caught.value.hint == "--set image.learn_blocks=0 --set image.stages=0"
+    assert caught.value.hint == "--set image.learn_blocks=0 --set image.stages=0 --set heads.queries=0"
     tower.learn_only(0)
     assert not any(parameter.requires_grad for parameter in tower.parameters())
 

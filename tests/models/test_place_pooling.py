@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from tiny_model import TINY
 
+from chimera_cli.errors import UsageError
 from chimera_cli.models.checkpoint import load_model, save_model
 from chimera_cli.models.dual_encoder import build_dual_encoder
 from chimera_cli.models.heads import PlacePooling
 from chimera_cli.models.image_tower import build_image_tower
 from chimera_cli.models.weights import DEFAULT_IMAGE
+from chimera_cli.training.optimiser import build_optimiser
 
 CPU = torch.device("cpu")
 SEEING = replace(
@@ -30,10 +32,10 @@ def by_hand(pooling: PlacePooling, features: torch.Tensor) -> torch.Tensor:
         normed = [(place - place.mean()) / (place.var(unbiased=False) + 1e-5).sqrt() for place in places]
         found = []
         for query in range(len(pooling.values)):
-            weight, bias = pooling.queries.weight[query].double(), pooling.queries.bias[query].double()
-            scores = [math.exp(float(place @ weight + bias)) for place in normed]
+            scores = [math.exp(float(place @ pooling.queries.weight[query].double())) for place in normed]
             # Every place's values first, and then their mean as they are attended to.
-            values = [place @ pooling.values[query].double() + pooling.bias[query].double() for place in normed]
+            bias = pooling.bias.view(len(pooling.values), -1)[query].double()
+            values = [place @ pooling.values[query].double() + bias for place in normed]
             found.append(sum(score * value for score, value in zip(scores, values, strict=True)) / sum(scores))
         rows.append(torch.cat([own, sum(places) / len(places), *found]))
     return torch.stack(rows)
@@ -83,6 +85,30 @@ def test_places_are_those_that_the_pooled_stages_are_the_means_of(name: str, siz
     assert torch.equal(found[:, :own], wanted[:, :own])
     assert torch.allclose(places.mean(dim=1), wanted[:, own:], atol=1e-4)
     assert not torch.allclose(places[:, 0], places[:, -1], atol=1e-2)
+
+
+def test_the_width_of_a_head_before_the_classifier_counts_as_its_own() -> None:
+    tower = build_image_tower("mobilenetv3_small_050", pretrained=False, stages=2, places=True).eval()
+    with torch.no_grad():
+        features = tower(torch.zeros(1, 3, 64, 64))
+    assert tower.own_width == tower.backbone(torch.zeros(1, 3, 64, 64)).shape[1] != tower.backbone.num_features
+    pooling = PlacePooling(tower.own_width, tower.width - tower.own_width, 2)
+    assert pooling(features).shape == (1, pooling.width)
+
+
+def test_stages_with_other_numbers_of_tokens_have_no_common_places() -> None:
+    with pytest.raises(UsageError, match=r"the last 2 stages of Levit.* have unlike tokens"):
+        build_image_tower("levit_128s", pretrained=False, stages=2, places=True)
+    assert build_image_tower("levit_128s", pretrained=False, stages=1, places=True).places
+
+
+def test_biases_of_the_pooling_do_not_decay() -> None:
+    model = build_dual_encoder(SEEING)
+    optimiser = build_optimiser(model, lr_heads=1e-3, lr_image=1e-4, lr_text=1e-4, weight_decay=0.05)
+    decay = {id(part): group["weight_decay"] for group in optimiser.param_groups for part in group["params"]}
+    (pooling,) = (module for module in model.modules() if isinstance(module, PlacePooling))
+    assert decay[id(pooling.bias)] == 0
+    assert decay[id(pooling.values)] == decay[id(pooling.queries.weight)] == 0.05
 
 
 @pytest.mark.parametrize("members", [1, 2])

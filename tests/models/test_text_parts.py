@@ -1,6 +1,7 @@
 """A text tower whose lower layers are locked: computed in two parts it is the same function with the same gradient."""
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from chimera_cli.models.text_tower import TextTower, build_text_tower
 TEXTS = ["a dog", "two children play with a red ball on the grass", "snow"] * 60
 
 
-def halves(layers: int | None) -> TextTower:
+def halves(layers: int | None, hidden_states: Sequence[int] = ()) -> TextTower:
     torch.manual_seed(0)
-    tower = build_text_tower("tiny")
+    tower = build_text_tower("tiny", hidden_states=hidden_states)
     tower.learn_only(layers)
     return tower.eval()
 
@@ -29,9 +30,10 @@ def test_the_last_layers_learn_and_the_rest_is_locked(layers: int | None, locked
     assert any("embeddings" in name for name in learning) == (layers is None)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_states_and_then_the_rest_equal_the_whole_tower_and_its_gradient(layers: int) -> None:
-    tower = halves(layers)
+@pytest.mark.parametrize(("layers", "hidden_states"), [(1, []), (2, []), (1, [1]), (2, [1, 0])])
+def test_states_and_then_the_rest_equal_the_whole_tower_and_its_gradient(layers: int, hidden_states: list[int]) -> None:
+    tower = halves(layers, hidden_states)
+    assert tower.divisible()
     twin = copy.deepcopy(tower)
     # More than one piece, so that the sorting of a large batch takes part.
     tokens = tower.tokenise(TEXTS, 16)
@@ -45,6 +47,12 @@ def test_states_and_then_the_rest_equal_the_whole_tower_and_its_gradient(layers:
     for (name, ours), (_, theirs) in zip(twin.named_parameters(), tower.named_parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None) == (not ours.requires_grad), name
         assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, atol=1e-5), name
+
+
+def test_states_before_those_that_are_given_can_not_be_made_of_them() -> None:
+    assert not halves(1, [0]).divisible()
+    assert not halves(0, [1]).divisible()
+    assert halves(None, [0]).divisible()
 
 
 def test_locked_layers_keep_no_dropout_while_the_others_learn() -> None:

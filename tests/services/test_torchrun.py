@@ -11,8 +11,8 @@ from support import REPOSITORY
 from chimera_cli.runs import list_groups, read_json_lines
 
 SETTINGS = (
-    "data=small", "image.image_size=32", "text.learn_layers=0", "heads.hidden=64", "heads.dim=32", "heads.dropout=0",
-    "augmentation.flip=true", "feature_noise=0.1", "mixup=0.3", "epochs=2", "batch=50", "device=cpu",
+    "data=small", "image.image_size=64", "heads.hidden=64", "heads.dim=32", "heads.dropout=0", "augmentation.flip=true",
+    "mixup=0.3", "epochs=2", "batch=50", "device=cpu",
 )  # fmt: skip
 
 
@@ -24,13 +24,23 @@ def losses(home: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_torchrun_makes_one_group_with_the_losses_of_one_process(small_home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["text.learn_layers=0", "feature_noise=0.1"],
+        ["text.learn_layers=0", "image.stages=2", "heads.queries=2", "captions_per_image=3"],
+    ],
+    ids=["noise", "queries"],
+)
+def test_torchrun_makes_one_group_with_the_losses_of_one_process(
+    small_home: Path, tmp_path: Path, more: list[str]
+) -> None:
     other = tmp_path / "other"
     other.mkdir()
     # One set of cached features for both: computing them anew may differ in the last digits.
     (other / "data").symlink_to(small_home / "data")
     command = ["-m", "chimera_cli", "train", "full", "--config", "configs/train/toy.yaml", "--seeds", "0", "--json"]
-    changes = [part for change in SETTINGS for part in ("--set", change)]
+    changes = [part for change in (*SETTINGS, *more) for part in ("--set", change)]
     runs = {
         small_home: [sys.executable, *command, *changes],
         other: [

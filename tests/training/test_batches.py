@@ -84,10 +84,10 @@ def test_processes_share_the_batches_of_one(images: int, batch: int, world: int,
         assert pairs == set(zip(whole[0].tolist(), whole[1].tolist(), strict=True))
         assert sum(len(positions) for positions, _ in parts) == len(whole[0])
         sizes = [len(positions) for positions, _ in parts]
-        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) - min(sizes) <= each, "an image is for one process"
     for rank, share in enumerate(shares):
         mine = np.concatenate([positions for positions, _ in share])
-        assert (mine == np.repeat(epoch_order(images, 3, 1), each)[rank::world]).all()
+        assert (mine == np.repeat(epoch_order(images, 3, 1)[rank::world], each)).all()
     with pytest.raises(ValueError, match="rank 4"):
         next(pair_order(captions, batch, 3, 1, rank=4, world=4))
 
@@ -231,8 +231,13 @@ def test_the_schedule_warms_up_and_ends_at_zero() -> None:
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
 
 
-def _image_of_each_pair(batch: PairBatch) -> torch.Tensor:
-    return batch.image if batch.image_rows is None else batch.image[batch.image_rows]
+def _features_of_each_pair(batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what enters the heads, where the features are those of locked towers."""
+    assert isinstance(batch.text, torch.Tensor)
+    image, text = batch.image, batch.text
+    if batch.mixtures is not None:
+        image, text = (mixture.of(part) for mixture, part in zip(batch.mixtures, (image, text), strict=True))
+    return image if batch.image_rows is None else image[batch.image_rows], text
 
 
 # ---- captions that share an image -----------------------------------------------------------------------------------
@@ -251,9 +256,10 @@ def test_captions_of_an_image_share_one_view_of_it(world: int) -> None:
         with closing(batches):
             shares.append(list(itertools.takewhile(lambda batch: batch.epoch == 0, batches)))
     seen: dict[int, float] = {}
+    assert sum(len(batch.image) for batch in itertools.chain(*shares)) == 103, "by one process each"
     for batch in itertools.chain(*shares):
         assert len(batch.image) == len(set(batch.image_ids.tolist())), "no image is computed twice"
-        shown = _image_of_each_pair(batch)[:, 0].tolist()
+        shown = _features_of_each_pair(batch)[0][:, 0].tolist()
         for image, view in zip(batch.image_ids.tolist(), shown, strict=True):
             assert int(view) // 4 == image
             assert seen.setdefault(image, view) == view, "in every process the same"
@@ -289,13 +295,11 @@ def test_a_mixture_has_two_images_and_a_caption_of_each_in_one_proportion(captio
     shares = []
     for before, after in zip(plain, mixed, strict=True):
         assert torch.equal(before.image_ids, after.image_ids), "the order stays"
-        assert isinstance(before.text, torch.Tensor)
-        assert isinstance(after.text, torch.Tensor)
         partners = []
-        images = _image_of_each_pair(after)
-        moved = (images != _image_of_each_pair(before)).any(dim=1)
+        images, texts = _features_of_each_pair(after)
+        moved = (images != _features_of_each_pair(before)[0]).any(dim=1)
         assert moved.sum() >= len(moved) / 2
-        for own, image, text, changed in zip(before.image_ids.tolist(), images, after.text, moved, strict=True):
+        for own, image, text, changed in zip(before.image_ids.tolist(), images, texts, moved, strict=True):
             of_image = {int(at): image[at].item() for at in image.nonzero()[:, 0]}
             of_text = {int(at) // 5: text[at].item() for at in text.nonzero()[:, 0]}
             assert of_image == of_text, "captions in the proportion of their images"
@@ -317,8 +321,7 @@ def test_proportions_are_drawn_from_the_beta_distribution() -> None:
 
 
 def _pairs_of(batch: PairBatch) -> torch.Tensor:
-    assert isinstance(batch.text, torch.Tensor)
-    return torch.cat([_image_of_each_pair(batch), batch.text], dim=1)
+    return torch.cat(_features_of_each_pair(batch), dim=1)
 
 
 def test_processes_mix_as_one_does_and_a_later_start_as_an_earlier() -> None:

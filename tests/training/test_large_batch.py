@@ -10,7 +10,7 @@ from tiny_model import TINY
 
 from chimera_cli.errors import ChimeraError
 from chimera_cli.models.dual_encoder import DualEncoder, build_dual_encoder
-from chimera_cli.training.batches import PairBatch, embed_pairs
+from chimera_cli.training.batches import Mixture, PairBatch, embed_pairs
 from chimera_cli.training.large_batch import alone, backward, loss_without_gradient, split
 from chimera_cli.training.losses import LOSSES, contrastive_loss
 
@@ -94,6 +94,29 @@ def test_captions_that_share_an_image_have_the_gradient_of_copies_of_it(micro: i
     assert sum(len(piece.image) for piece in split(shared, micro)) < 10 or micro == 1
     of.zero_grad()
     backward(of, shared, LOSSES["infonce"], micro_batch=micro)
+    assert (gradient_of(of) - wanted).norm() <= 1e-10 * wanted.norm()
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4, 7, N])
+@pytest.mark.parametrize("captions", [1, 2])
+def test_mixtures_of_what_learning_towers_make_have_one_gradient(micro: int, captions: int) -> None:
+    """The reference mixes by hand what the towers make of the whole batch."""
+    of = model(0.0, torch.float64)
+    whole = pairs(of, torch.float64)
+    images = N // captions
+    rows = torch.arange(images).repeat_interleave(captions)
+    others = torch.randperm(images, generator=torch.Generator().manual_seed(4))
+    other_pairs = (captions * others[:, None] + torch.arange(captions)).flatten()
+    of.zero_grad()
+    image, text = of.image_tower(whole.image[:images]), of.text_tower(whole.text)
+    image = of.project_image(0.7 * image + 0.3 * image[others])[rows]
+    text = of.project_text(0.7 * text + 0.3 * text[other_pairs])
+    LOSSES["infonce"](image, text, rows, of.logit_scale, of.logit_bias).backward()
+    wanted = gradient_of(of)
+    mixtures = Mixture(0.7, torch.arange(images), others), Mixture(0.7, torch.arange(N), other_pairs)
+    batch = replace(whole, image=whole.image[:images], image_ids=rows, image_rows=rows, mixtures=mixtures)
+    of.zero_grad()
+    backward(of, batch, LOSSES["infonce"], micro_batch=micro)
     assert (gradient_of(of) - wanted).norm() <= 1e-10 * wanted.norm()
 
 
