@@ -1,7 +1,7 @@
 """The loader's benchmark on a pack of a few images: what it measures, what it writes, and what it says limits it."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +261,16 @@ def test_the_real_step_is_one_run_of_the_training_loop(pack: Pack, monkeypatch: 
     assert len(norms) == 5
     # The clipping of the config, not a default, has limited each whole gradient.
     assert all(norm <= 1e-3 * 1.001 for norm in norms)
+
+
+def test_the_real_step_has_all_captions_of_each_image(pack: Pack) -> None:
+    pairs, run = make_training_step(train_config(captions_per_image=3, batch=12), pack, CPU)
+    batch = pairs(torch.randn(4, 3, SIZE, SIZE))
+    assert (len(batch.image), len(batch)) == (4, 12)
+    assert isinstance(batch.text, Mapping)
+    assert len(batch.text["input_ids"]) == 12
+    assert batch.image_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    run(iter([batch]))
 
 
 def test_the_real_step_runs_until_its_batches_fail(pack: Pack) -> None:

@@ -14,7 +14,7 @@ from scipy import stats
 from chimera_cli.data.augmentation import Augmentation
 from chimera_cli.data.loader import epoch_order
 from chimera_cli.training.augment import augmented_pixels, noisy_rows
-from chimera_cli.training.batches import PairBatch, Place, pair_batches, pair_order
+from chimera_cli.training.batches import PairBatch, Place, _repeated, pair_batches, pair_order
 from chimera_cli.training.optimiser import build_schedule
 
 CAPTIONS = [np.arange(5 * image, 5 * image + 5) for image in range(103)]
@@ -265,6 +265,24 @@ def test_captions_of_an_image_share_one_view_of_it(world: int) -> None:
             assert seen.setdefault(image, view) == view, "in every process the same"
     assert len(seen) == 103
     assert len({int(view) % 4 for view in seen.values()}) == 4, "views are drawn for each image"
+
+
+def test_gradients_of_captions_that_share_an_image_are_summed_in_their_order() -> None:
+    """Bit for bit, whatever the threads do: three numbers of unlike size have other sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.arange(700).repeat_interleave(3)
+        slopes = torch.randn(len(rows), 512, generator=generator) * 10.0 ** torch.randint(-3, 4, (len(rows), 1))
+        first, second, third = slopes.view(700, 3, 512).unbind(1)
+        for _ in range(5):
+            features = torch.zeros(700, 512, requires_grad=True)
+            _repeated(features, rows).backward(slopes)
+            assert features.grad is not None
+            assert torch.equal(features.grad, (first + second) + third)
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- mixtures -------------------------------------------------------------------------------------------------------
