@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -41,10 +42,7 @@ def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) 
     plain = _shape(architecture, False) if config.checkpointing else None
     pairs, captions = min(config.micro_batch or config.batch, config.batch), config.captions_per_image
     image = _image_shape(model, config.stream is None)
-
-    def shown(images: int) -> "PairBatch":
-        return _pairs(model, images, captions, image, config.stream is None)
-
+    shown = partial(_pairs, model, captions=captions, image_shape=image, cached=config.stream is None)
     found = measure_activations(model, shown, plain)
     half = 0.5 if config.precision in ("float16", "bfloat16") else 1.0
     # The captions of an image share what is computed of it.

@@ -34,6 +34,7 @@ from chimera_cli.services.learning import (
     new_learner,
     open_bench,
     refuse_unfit_pack,
+    refuse_unfit_towers,
     run_loop,
 )
 from chimera_cli.services.resume import (
@@ -112,6 +113,7 @@ def train_full(
         bench = open_bench(home, data, config.device, config.precision, tell)
         needed = ("train", "dev") if config.stream is None else ("dev",)
         refuse_unfit_pack(bench.pack, config.batch, needed, config.captions_per_image)
+        refuse_unfit_towers(config)
         _limit_memory(config.vram_limit_gb, bench.device)
         stream = open_stream(config, bench.pack, tell)
         contingency = contingency or ("off" if resumed is None else resumed.facts.get("contingency", "off"))

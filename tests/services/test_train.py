@@ -173,6 +173,22 @@ def test_a_batch_larger_than_the_set_is_refused_and_leaves_nothing(toy_home: Pat
     assert list_groups(toy_home) == []
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("image.stages=9", "image.stages: 9 is more than the tower's 7"),
+        ("text.hidden_states=[0, 6]", "text.hidden_states: 6 is none of the states before the tower's last, 0 to 5"),
+    ],
+)
+def test_towers_without_what_is_asked_of_them_are_refused_and_leave_nothing(
+    small_home: Path, change: str, words: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        train_full(small_home, load_config(TrainConfig, None, [*LOCKED, change]), (0,), "x", "x")
+    assert caught.value.message == words
+    assert list_groups(small_home) == []
+
+
 def test_a_run_that_fails_says_so_in_its_group(toy_home: Path) -> None:
     config = load_config(TrainConfig, None, [*SCRATCH, "optimiser.lr_heads=1e30", "optimiser.clip_norm=0"])
     with pytest.raises(ChimeraError, match="the loss is"):
