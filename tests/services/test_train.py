@@ -108,11 +108,10 @@ def test_locked_features_are_computed_once_and_verified(small_home: Path) -> Non
     ("more", "members"),
     [
         ([], 1),
-        (["heads.members=3"], 3),
         (["heads.members=2", "heads.queries=3", "image.stages=2", "mixup=0.3", "captions_per_image=2"], 2),
         (["text.learn_layers=1", "text.hidden_states=[5]", "mixup=0.3", "captions_per_image=2", "epochs=1"], 1),
     ],
-    ids=["one pair of heads", "three", "two with queries", "a layer learns from mixtures"],
+    ids=["one pair of heads", "two with queries", "a layer learns from mixtures"],
 )
 def test_embeddings_of_the_best_checkpoint_repeat_its_dev_figures(
     small_home: Path, more: list[str], members: int
