@@ -24,7 +24,7 @@ class Architecture:
 
     `learn_layers`: how many of the text tower's last layers learn, None for all of it; `learn_blocks` likewise of the
     blocks of an image tower that is not `image_locked` as a whole. `image_stages`: how many of its last stages are
-    pooled beside its own features, `text_hidden_states` which hidden states of a locked text tower beside its last one.
+    pooled beside its own features, `text_hidden_states` which hidden states of the text tower beside its last one.
     `image_queries`: how many learned queries pool the places of these stages in the image head, beside their mean.
     `flipped_view`: an image's feature is the mean over the image and its mirror image. `members`: how many pairs of
     heads there are, each `dim` wide.

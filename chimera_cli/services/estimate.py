@@ -45,8 +45,10 @@ def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) 
     shown = partial(_pairs, model, captions=captions, image_shape=image, cached=config.stream is None)
     found = measure_activations(model, shown, plain)
     half = 0.5 if config.precision in ("float16", "bfloat16") else 1.0
-    # The captions of an image share what is computed of it.
-    activations = half * found.peak_bytes(math.ceil(pairs / captions), config.checkpointing)
+    # The captions of an image share what is computed of it. What is mixed is gathered twice, both parts by themselves.
+    images = math.ceil(pairs / captions)
+    mixed = 2 * images * _input_bytes(shown(1)) if config.mixup else 0
+    activations = half * found.peak_bytes(images, config.checkpointing) + mixed
     features, cached = _cache_bytes(model, pack, config, image)
     total = sum(part.numel() for part in model.parameters()) * _FLOAT
     learning = sum(part.numel() for part in model.parameters() if part.requires_grad) * _FLOAT
@@ -55,8 +57,8 @@ def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) 
         "gradients_gb": learning,
         "optimiser_gb": 2 * learning + (learning if config.ema else 0),
         "activations_gb": activations,
-        # The batch that is trained on and the one that is made meanwhile; what is mixed is there twice more.
-        "inputs_gb": (4 if config.mixup else 2) * math.ceil(config.batch / captions) * _input_bytes(shown(1)),
+        # The batch that is trained on and the one that is made meanwhile.
+        "inputs_gb": 2 * math.ceil(config.batch / captions) * _input_bytes(shown(1)),
         "loss_gb": _FLOAT * (8 * config.batch * architecture.embedding_width + 4 * min(config.batch, 4096) ** 2),
         "features_gb": features,
     }
