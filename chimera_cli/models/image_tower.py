@@ -4,7 +4,9 @@ import difflib
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -64,26 +66,34 @@ class ImageTower(nn.Module):
         """
         # Pixels have three channels and are square, which no maps are.
         side = pixels.shape[-1]
-        if pixels.shape[1:] != (3, side, side):
-            return self._upper(pixels)
-        features: Tensor = self._staged(pixels) if self.stages else self.backbone(pixels)
-        return features
-
-    def _staged(self, pixels: Tensor) -> Tensor:
-        """Return the backbone's own features and behind them what its last `stages` stages tell, pooled or by place."""
-        own, found = self._with_stages(pixels)
+        own, found = self._computed(pixels) if pixels.shape[1:] == (3, side, side) else self._upper(pixels)
+        if not found:
+            return own
         if not self.places:
             return torch.cat([own, *(maps.flatten(2).mean(dim=2) for maps in found)], dim=-1)
         columns = torch.cat([_resized(maps, found[-1]).flatten(2) for maps in found], dim=1)
         return torch.cat([own, columns.transpose(1, 2).flatten(1)], dim=-1)
 
-    def _with_stages(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the backbone's own features and what leaves its last stages, (batch, channels, ...) each."""
+    def _computed(
+        self, pixels: Tensor, others: Mapping[nn.Module, nn.Module] = MappingProxyType({})
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the backbone's own features and what leaves its last `stages`, (batch, channels, ...) each.
+
+        `others` stand in for some of its blocks; what leaves a stage whose last block is `Passed` is not among them.
+        """
         found: list[Tensor] = []
-        last_of_stages = [blocks[-1] for blocks in self._stages()[-self.stages :]]
-        taps = {block: Tapped(block, lambda maps: found.append(self._channels_first(maps))) for block in last_of_stages}
-        own: Tensor = exchanged(self.backbone, taps)(pixels)
+
+        def keep(maps: Tensor) -> None:
+            found.append(self._channels_first(maps))
+
+        computed = {block: others.get(block, block) for block in self._tapped()}
+        taps = {block: Tapped(does, keep) for block, does in computed.items() if not isinstance(does, Passed)}
+        own: Tensor = exchanged(self.backbone, {**others, **taps})(pixels)
         return own, found
+
+    def _tapped(self) -> list[nn.Module]:
+        """Return the last blocks of the last `stages` stages."""
+        return [blocks[-1] for blocks in self._stages()[-self.stages :]] if self.stages else []
 
     def _channels_first(self, maps: Tensor) -> Tensor:
         """Return (batch, channels, ...) of maps as the backbone has them, or of tokens (batch, tokens, channels)."""
@@ -104,7 +114,7 @@ class ImageTower(nn.Module):
             training = self.training
             self.eval()
             with torch.no_grad():
-                own, maps = self._with_stages(torch.zeros((1, *self._input_size())))
+                own, maps = self._computed(torch.zeros((1, *self._input_size())))
             self.train(training)
             if places and len({each.shape[2:] if each.ndim == 3 else None for each in maps}) > 1:
                 name = type(self.backbone).__name__
@@ -122,16 +132,17 @@ class ImageTower(nn.Module):
         maps: Tensor = exchanged(self.backbone, {module: Passed() for module in left_out}).forward_features(pixels)
         return maps
 
-    def _upper(self, maps: Tensor) -> Tensor:
-        """Return pooled features (batch, width) of maps: one black image goes in, and maps take its place half-way.
+    def _upper(self, maps: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return what `_computed` does, of maps: one black image goes in, and maps take its place half-way.
 
         So what a backbone does between its modules, such as adding positions, is done as it expects and then dropped.
         """
         blocks = self.blocks()
         locked, first = blocks[: self.locked_blocks], blocks[self.locked_blocks or 0]
         others = {module: Passed() for module in locked} | {first: Begun(first, maps)}
-        features: Tensor = exchanged(self.backbone, others)(maps.new_zeros((1, *self._input_size())))
-        return features
+        own, found = self._computed(maps.new_zeros((1, *self._input_size())), others)
+        # The maps are what leaves the last locked block, which may be the last one of a stage.
+        return own, [self._channels_first(maps), *found] if len(found) < self.stages else found
 
     def _input_size(self) -> tuple[int, int, int]:
         size: tuple[int, int, int] = resolve_model_data_config(self.backbone)["input_size"]
@@ -168,13 +179,20 @@ class ImageTower(nn.Module):
     def learn_only(self, last_blocks: int | None) -> None:
         """Let the last `last_blocks` blocks learn and what comes after them: 0 locks the tower, None lets it all learn.
 
-        Raises UsageError for a number of a backbone without blocks.
+        Raises UsageError for a number of a backbone without blocks, or where one of the `stages` ends below the last
+        locked block: what is kept of an image is what leaves that one.
         """
         self.requires_grad_(last_blocks is None)
         self.locked_blocks = None
         if not last_blocks:
             return
         blocks = self.blocks()
+        needed = len(blocks) - 1 - min((blocks.index(block) for block in self._tapped()), default=len(blocks))
+        if last_blocks < needed:
+            raise UsageError(
+                f"image.stages: {self.stages} needs what leaves a block below those that learn",
+                f"--set image.learn_blocks={needed}, or fewer stages",
+            )
         self.locked_blocks = max(0, len(blocks) - last_blocks)
         for module in (*blocks[self.locked_blocks :], *self._after()):
             module.requires_grad_(True)

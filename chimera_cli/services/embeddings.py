@@ -181,7 +181,8 @@ def locked_image_features(
     tower = model.image_tower.eval()
     images = _Images(model, pack, split, device, listener, crops)
     compute = partial(images.cached, "images", tower, partial(image_session, tower))
-    return images.in_half(compute, {"places": True}) if tower.places else compute({})
+    stages = {"stages": tower.stages}
+    return images.in_half(compute, stages | {"places": True}) if tower.places else compute(stages)
 
 
 def image_maps(
@@ -262,7 +263,7 @@ class _Images:
 
         shape, pack, split = self.model.architecture, self.pack, self.split
         key = _key(pack, split, shape.image_weights, image_weights_hash(shape.image_weights), self.device)
-        key |= {"image_size": shape.image_size, "flipped_view": shape.flipped_view, "stages": shape.image_stages} | more
+        key |= {"image_size": shape.image_size, "flipped_view": shape.flipped_view} | more
         key |= {} if self.crops is None else {"crops": asdict(self.crops)}
 
         def compute(encode: "Callable[[Any], Tensor]", allocate: "Allocate") -> object:

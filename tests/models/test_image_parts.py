@@ -16,16 +16,17 @@ from chimera_cli.models.weights import DEFAULT_IMAGE
 HALF = (0.5, 0.5, 0.5)
 
 
-def partly(weights: str, blocks: int | None) -> ImageTower:
-    tower = build_image_tower(weights)
+def partly(weights: str, blocks: int | None, stages: int = 0, places: bool = False) -> ImageTower:
+    tower = build_image_tower(weights, stages=stages, places=places)
     tower.learn_only(blocks)
     return tower.eval()
 
 
-def made(name: str, blocks: int) -> ImageTower:
+def made(name: str, blocks: int, stages: int = 0) -> ImageTower:
     torch.manual_seed(0)
     backbone = timm.create_model(name, pretrained=False, num_classes=0)
     tower = ImageTower(backbone, backbone.num_features, HALF, HALF, frozen_statistics=True)
+    tower.join_stages(stages)
     tower.learn_only(blocks)
     return tower.eval()
 
@@ -44,9 +45,24 @@ def test_the_last_blocks_and_what_follows_learn(blocks: int | None, locked: int 
 
 
 @pytest.mark.parametrize("recomputing", [False, True])
-@pytest.mark.parametrize("blocks", [1, 2, 5, 16])
-def test_maps_and_then_the_rest_equal_the_unsplit_tower_and_its_gradient(blocks: int, recomputing: bool) -> None:
-    whole = partly(DEFAULT_IMAGE, blocks).double().train()
+@pytest.mark.parametrize(
+    ("blocks", "stages", "places"),
+    # With 1 and with 5 the first of the stages is what the locked blocks make; with 16 only the stem is locked.
+    [
+        (1, 0, False),
+        (2, 0, False),
+        (5, 0, False),
+        (16, 0, False),
+        (1, 2, True),
+        (2, 2, False),
+        (5, 3, True),
+        (16, 7, True),
+    ],
+)
+def test_maps_and_then_the_rest_equal_the_unsplit_tower_and_its_gradient(
+    blocks: int, stages: int, places: bool, recomputing: bool
+) -> None:
+    whole = partly(DEFAULT_IMAGE, blocks, stages, places).double().train()
     parts = copy.deepcopy(whole)
     parts.backbone.set_grad_checkpointing(recomputing)
     pixels = torch.randn(3, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -54,6 +70,7 @@ def test_maps_and_then_the_rest_equal_the_unsplit_tower_and_its_gradient(blocks:
         maps = parts.lower_maps(pixels)
     theirs, ours = whole(pixels), parts(maps)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+    assert ours.shape == (3, whole.own_width + (whole.width - whole.own_width) * (4 if places else 1))
     theirs.square().mean().backward()
     ours.square().mean().backward()
     learning = 0
@@ -66,9 +83,10 @@ def test_maps_and_then_the_rest_equal_the_unsplit_tower_and_its_gradient(blocks:
 
 
 # Blocks in a list of stages, in four lists, stages that are modules of their own, and tokens with positions before.
+@pytest.mark.parametrize("stages", [0, 1])
 @pytest.mark.parametrize("name", ["test_resnet", "test_byobnet", "test_convnext", "test_vit", "test_mambaout"])
-def test_towers_of_many_makes_can_be_parted(name: str) -> None:
-    tower = made(name, 2)
+def test_towers_of_many_makes_can_be_parted(name: str, stages: int) -> None:
+    tower = made(name, 2, stages)
     pixels = torch.randn(2, *timm.data.resolve_model_data_config(tower.backbone)["input_size"])
     compare_image_parts(tower, pixels)
     with torch.inference_mode():
@@ -77,6 +95,20 @@ def test_towers_of_many_makes_can_be_parted(name: str) -> None:
         assert torch.allclose(tower(maps), tower(pixels), atol=1e-5)
     # The tower itself is as it was.
     assert not any(isinstance(module, Passed | Begun) for module in tower.modules())
+
+
+@pytest.mark.parametrize(("blocks", "stages", "needed"), [(1, 3, 5), (4, 3, 5), (8, 5, 11), (15, 7, None)])
+def test_a_stage_that_ends_below_what_is_kept_is_refused(blocks: int, stages: int, needed: int | None) -> None:
+    tower = build_image_tower(DEFAULT_IMAGE, stages=stages)
+    if needed is None:
+        tower.learn_only(blocks)
+        return
+    with pytest.raises(UsageError, match=rf"image\.stages: {stages} needs what leaves a block below those") as caught:
+        tower.learn_only(blocks)
+    assert caught.value.hint == f"--set image.learn_blocks={needed}, or fewer stages"
+    tower.learn_only(needed)
+    tower.learn_only(None)
+    assert all(parameter.requires_grad for parameter in tower.parameters())
 
 
 def test_what_is_locked_stays_as_evaluated_and_frozen_statistics_stay_frozen() -> None:

@@ -5,8 +5,6 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from chimera_cli.config import ImageTower as ImageConfig
-from chimera_cli.config import validate
 from chimera_cli.errors import UsageError
 from chimera_cli.models.image_tower import ImageTower, build_image_tower
 from chimera_cli.models.sessions import image_session, session_backend
@@ -79,9 +77,3 @@ def test_too_many_stages_and_none_to_choose_from() -> None:
     bare = nn.Sequential(nn.Flatten())
     with pytest.raises(UsageError, match="has no blocks to choose from"):
         ImageTower(bare, 1, HALF, HALF, frozen_statistics=True).join_stages(1)
-
-
-@pytest.mark.parametrize("given", [{"stages": 2, "locked": False}, {"stages": 2, "learn_blocks": 1}])
-def test_stages_are_of_locked_towers(given: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match="stages needs locked: true and learn_blocks: 0"):
-        validate(ImageConfig, given, "a file")

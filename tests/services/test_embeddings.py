@@ -247,9 +247,12 @@ def whole_images(model: DualEncoder, pack: Pack, monkeypatch: pytest.MonkeyPatch
         return embed_images(model, pack, "dev", CPU, Ear())
 
 
-def test_images_of_a_half_locked_tower_come_from_cached_maps(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stages", [0, 2])
+def test_images_of_a_half_locked_tower_come_from_cached_maps(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch, stages: int
+) -> None:
     torch.manual_seed(0)
-    model = build_dual_encoder(PARTLY).eval()
+    model = build_dual_encoder(replace(PARTLY, image_stages=stages, image_queries=stages)).eval()
     maps = image_maps(model, pack, "dev", CPU, Ear())
     assert maps is not None
     assert maps.values.shape == (60, 2, 192, 1, 1)

@@ -176,6 +176,7 @@ def test_a_batch_larger_than_the_set_is_refused_and_leaves_nothing(toy_home: Pat
     ("change", "words"),
     [
         ("image.stages=9", "image.stages: 9 is more than the tower's 7"),
+        ("image={stages: 3, learn_blocks: 2}", "image.stages: 3 needs what leaves a block below those that learn"),
         ("text.hidden_states=[0, 6]", "text.hidden_states: 6 is none of the states before the tower's last, 0 to 5"),
     ],
 )
