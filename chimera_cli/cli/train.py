@@ -45,7 +45,7 @@ def sanity(
     from chimera_cli.config import SanityConfig, load_config
     from chimera_cli.services.sanity import train_sanity
 
-    given = _with_data(changes, data)
+    given = _with(changes, data=data)
     steps, command = _planned(slo, plan, "sanity", config, given)
     resolved = load_config(SanityConfig, config, [*given, *steps])
     with live("proof of life", wall_s=1500, vram_peak_gb=7.5) as listener:
@@ -61,6 +61,10 @@ def full(
     seeds: Annotated[str | None, typer.Option(help="Seeds, one run each; 0,1,2 without it.")] = None,
     resume: Annotated[
         str | None, typer.Option(help="Go on with a run that was stopped: its name, or `latest` for the last begun.")
+    ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(help="Begin with the weights of a finished run, seed for seed, or of one RUN/seed-N for all."),
     ] = None,
     data: Data = None,
     changes: Set = None,
@@ -86,7 +90,7 @@ def full(
     from chimera_cli.services.train import train_full
 
     group, recipe = _recipe(config, resume)
-    given = _with_data(changes, data)
+    given = _with(changes, data=data, init_from=init_from)
     steps, command = _planned(slo, plan, "train", recipe, given)
     resolved = load_config(TrainConfig, recipe, [*given, *steps])
     if dry_run:
@@ -128,8 +132,9 @@ def _leading_live(title: str) -> Iterator[Listener]:
         yield listener
 
 
-def _with_data(changes: list[str] | None, data: str | None) -> list[str]:
-    return [*(changes or []), *([] if data is None else [f"data={json.dumps(data)}"])]
+def _with(changes: list[str] | None, **given: str | None) -> list[str]:
+    """Return the changes and behind them, as `--set` takes them, the options that were given."""
+    return [*(changes or []), *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
 
 
 def _planned(

@@ -116,6 +116,8 @@ class Augmentation(Frozen):
 class TrainConfig(Frozen):
     """All of `chimera train full`.
 
+    `init_from`: a finished run whose weights the seeds begin with, each with those of the same seed's best epoch; or
+    RUN/seed-N for all of them. What it learned has to learn here too. null begins with pretrained towers alone.
     `stream`: a folder or pattern of WebDataset shards such as `shards/{00000..00099}.tar`, whose pairs are trained on
     in place of the pack's train split; dev stays the pack's. `stream_buffer` samples are mixed at a time, and the share
     `stream_max_bad` of the images may be unreadable.
@@ -134,6 +136,7 @@ class TrainConfig(Frozen):
     stream: str | None = Field(None, min_length=1)
     stream_buffer: int = Field(1000, ge=1)
     stream_max_bad: Share = 0.01
+    init_from: str | None = Field(None, min_length=1)
     image: ImageTower = ImageTower()
     text: TextTower = TextTower()
     heads: Heads = Heads()

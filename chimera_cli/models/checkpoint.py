@@ -54,18 +54,49 @@ def load_model(path: Path, device: torch.device) -> DualEncoder:
     """
     header, stored = _read(path)
     architecture = Architecture(**header["architecture"])
+    _refuse_other_weights(path, header["weights"], architecture)
+    locked = set(header["locked"])
+    model = build_dual_encoder(architecture, pretrained=bool(locked))
+    _load(model, stored, locked, str(path))
+    return model.to(device).eval()
+
+
+def begin_with(model: DualEncoder, path: Path) -> None:
+    """Put what has learned in the checkpoint `path` into a model in which all of it learns, and maybe more.
+
+    What was locked there stays as the named weights have it. Raises ChimeraError where the file is missing or damaged,
+    where it was trained with other weights, and where what it has learned is locked here or of another shape.
+    """
+    header, stored = _read(path)
+    others = sorted(set(header["weights"]) - {model.architecture.image_weights, model.architecture.text_weights})
+    if others:
+        raise ChimeraError(f"{path} has another tower: {', '.join(others)}", "begin with a run of the same towers")
+    _refuse_other_weights(path, header["weights"], model.architecture)
+    ours = learned_state(model)
+    locked = sorted(name for name in stored if name not in ours and name in model.state_dict())
+    if locked:
+        raise ChimeraError(
+            f"{path} has learned {len(locked)} tensors that are locked here, such as {locked[0]}",
+            "let as much learn as in that run: image.locked, image.learn_blocks, text.learn_layers",
+        )
+    needed = {name: tensor for name, tensor in ours.items() if name not in header["locked"]}
+    wrong = _misfits(needed, stored)
+    if wrong:
+        raise ChimeraError(
+            f"{path} does not fit this recipe in {wrong}", "begin with a run of the same stages, states and heads"
+        )
+    model.load_state_dict(dict(stored), strict=False)
+
+
+def _refuse_other_weights(path: Path, was: Mapping[str, str | None], architecture: Architecture) -> None:
+    here = weights_hashes(architecture)
     # Where no hash was recorded, the name was all that was known.
-    was, here = header["weights"], weights_hashes(architecture)
     changed = [name for name in was if was[name] not in (None, here.get(name))]
     if changed:
         raise ChimeraError(
             f"{path} was trained with other weights of {', '.join(changed)} than are installed here",
             "install requirements.lock of the commit in environment.json",
         )
-    locked = set(header["locked"])
-    model = build_dual_encoder(architecture, pretrained=bool(locked))
-    _load(model, stored, locked, str(path))
-    return model.to(device).eval()
 
 
 def learned_state(model: DualEncoder) -> dict[str, Tensor]:
@@ -113,16 +144,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _load(model: DualEncoder, stored: Mapping[str, Tensor], locked: set[str], origin: str) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in locked}
-    given = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    wrong = sorted({name for name, _ in wanted.items() ^ given.items()})
+    needed = {name: tensor for name, tensor in model.state_dict().items() if name not in locked}
+    wrong = _misfits(needed, stored)
     if wrong:
-        words = [f"{name} {given.get(name, 'missing')} for {wanted.get(name, 'none')}" for name in wrong[:3]]
         raise ChimeraError(
-            f"{origin} does not fit its architecture in {len(wrong)} tensors, such as {', '.join(words)}",
-            "it was made by another version; train again",
+            f"{origin} does not fit its architecture in {wrong}", "it was made by another version; train again"
         )
     model.load_state_dict(dict(stored), strict=False)
+
+
+def _misfits(needed: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:
+    """Return how many tensors are missing, too many or of another shape, and which for example; "" where all fit."""
+    wanted, given = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (needed, stored))
+    wrong = sorted({name for name, _ in wanted.items() ^ given.items()})
+    words = [f"{name} {given.get(name, 'missing')} for {wanted.get(name, 'none')}" for name in wrong[:3]]
+    return f"{len(wrong)} tensors, such as {', '.join(words)}" if wrong else ""
 
 
 def weights_hashes(architecture: Architecture) -> dict[str, str | None]:

@@ -86,32 +86,46 @@ class TextTower(nn.Module):
         return torch.cat(pieces)[order.argsort()]
 
     def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self._pooled(partial(self.encoder, input_ids=ids), mask, 0)
+        return self._pooled(partial(self.encoder, input_ids=ids), mask, 0, {})
 
     def _encode_states(self, states: Tensor, mask: Tensor) -> Tensor:
+        given, *below = torch.split(states, self.state_width, dim=-1)
         upper = self._part(slice(self.locked_layers, None), _Given())
-        return self._pooled(partial(upper, inputs_embeds=states), mask, self.locked_layers or 0)
+        known = dict(zip(self._below(), below, strict=True))
+        return self._pooled(partial(upper, inputs_embeds=given), mask, self.locked_layers or 0, known)
 
-    def _pooled(self, encoder: Callable[..., Any], mask: Tensor, first: int) -> Tensor:
-        """Return the features (batch, width) that an encoder gives whose hidden states begin with number `first`."""
+    def _pooled(self, encoder: Callable[..., Any], mask: Tensor, first: int, known: dict[int, Tensor]) -> Tensor:
+        """Return the features (batch, width) that an encoder gives whose hidden states begin with number `first`.
+
+        `known` are states from before the first, by number.
+        """
         if not self.hidden_states:
             return _mean(encoder(attention_mask=mask).last_hidden_state, mask)
         found = encoder(attention_mask=mask, output_hidden_states=True)
-        states = (found.last_hidden_state, *(found.hidden_states[number - first] for number in self.hidden_states))
-        return torch.cat([_mean(one, mask) for one in states], dim=-1)
+        states = known | dict(enumerate(found.hidden_states, first))
+        chosen = (found.last_hidden_state, *(states[number] for number in self.hidden_states))
+        return torch.cat([_mean(one, mask) for one in chosen], dim=-1)
 
-    def divisible(self) -> bool:
-        """Whether the layers that learn, given `states`, make all of the features: none is of a state before these."""
-        return min(self.hidden_states, default=self.locked_layers or 0) >= (self.locked_layers or 0)
+    def _below(self) -> list[int]:
+        """Return which of the `hidden_states` locked layers make before the last of them."""
+        return [number for number in self.hidden_states if number < (self.locked_layers or 0)]
+
+    @property
+    def lower_width(self) -> int:
+        """How many numbers a token has in `lower_states`."""
+        return self.state_width * (1 + len(self._below()))
 
     def lower_states(self, tokens: Tokens) -> Tensor:
-        """Return hidden states (batch, tokens, width) after the last locked layer: what `forward` takes as `states`.
+        """Return what `forward` takes as `states`, (batch, tokens, lower_width), of `input_ids` and `attention_mask`.
 
+        That is the hidden states after the last locked layer, and behind them those of the `hidden_states` before it.
         Raises AttributeError for an encoder whose layers or embeddings are not where those of BERT are.
         """
-        lower = self._part(slice(0, self.locked_layers), None)
-        states: Tensor = lower(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
-        return states
+        lower, below = self._part(slice(0, self.locked_layers), None), self._below()
+        found = lower(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], output_hidden_states=bool(below)
+        )
+        return torch.cat([found.last_hidden_state, *(found.hidden_states[number] for number in below)], dim=-1)
 
     def _part(self, layers: slice, embeddings: nn.Module | None) -> nn.Module:
         """Return the encoder with some of its layers alone, maybe with other embeddings; the weights are the same."""

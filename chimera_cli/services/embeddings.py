@@ -348,8 +348,7 @@ def caption_states(
 ) -> "tuple[StateTable, float] | None":
     """Return the hidden states of a split after the locked layers of the text tower, and what they took in seconds.
 
-    None where no layer is locked, where none learns, where hidden states below these are asked for, and for an encoder
-    that can't be computed in two parts.
+    None where no layer is locked, where none learns, and for an encoder that can't be computed in two parts.
     """
     from chimera_cli.models.sessions import SessionError, compare_text_parts, state_session
     from chimera_cli.models.text_tower import text_weights_hash
@@ -360,13 +359,10 @@ def caption_states(
     shape, tower = model.architecture, model.text_tower
     if not shape.learn_layers:
         return None
-    if not tower.divisible():
-        below = f"text.hidden_states goes below the layers that learn, {tower.locked_layers} and up"
-        _say_once(listener, f"{below}: nothing of the text tower is cached")
-        return None
     table = tower.token_table(pack.captions(split).texts, shape.max_tokens)
     key = _key(pack, split, shape.text_weights, text_weights_hash(shape.text_weights), device)
     key |= {"max_tokens": shape.max_tokens, "layers": tower.locked_layers}
+    key |= {"hidden_states": list(shape.text_hidden_states)} if tower.lower_width > tower.state_width else {}
     tried = content_hash(["states", key])
     if tried in _unfit:
         return None

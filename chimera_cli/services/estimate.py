@@ -131,8 +131,8 @@ def _pairs(model: "DualEncoder", images: int, captions: int, image_shape: tuple[
         return PairBatch(0, image, torch.zeros(len(ids), model.text_tower.width), ids, image_rows=rows)
     tokens = torch.ones(len(ids), shape.max_tokens, dtype=torch.int64)
     text = {"input_ids": tokens, "attention_mask": tokens}
-    if shape.learn_layers and cached and model.text_tower.divisible():
-        states = torch.zeros(len(ids), shape.max_tokens, model.text_tower.state_width)
+    if shape.learn_layers and cached:
+        states = torch.zeros(len(ids), shape.max_tokens, model.text_tower.lower_width)
         text = {"states": states, "attention_mask": tokens}
     return PairBatch(0, image, text, ids, image_rows=rows)
 
@@ -163,9 +163,9 @@ def _cache_bytes(
         features += images * views * of_image if pooled else 0
         features += captions * model.text_tower.width if shape.learn_layers == 0 else 0
         lower += 0 if pooled else images * views * of_image
-        if shape.learn_layers and model.text_tower.divisible():
+        if shape.learn_layers:
             table = model.text_tower.token_table(pack.captions(split).texts, shape.max_tokens)
-            lower += len(table.ids) * model.text_tower.state_width
+            lower += len(table.ids) * model.text_tower.lower_width
     return _FLOAT * features, _FLOAT * features + _HALF * lower
 
 

@@ -106,12 +106,12 @@ def architecture_of(image: ImageTower, text: TextTower, heads: Heads, loss: Loss
     )
 
 
-def refuse_unfit_towers(config: TrainConfig) -> None:
+def refuse_unfit_towers(architecture: "Architecture") -> None:
     """Raise UsageError, before anything is made, where a tower lacks stages, blocks or states that are asked for."""
     from chimera_cli.models.dual_encoder import build_dual_encoder
 
-    if config.image.stages or config.image.learn_blocks or config.text.hidden_states:
-        build_dual_encoder(fresh_architecture(config), pretrained=False)
+    if architecture.image_stages or architecture.learn_blocks or architecture.text_hidden_states:
+        build_dual_encoder(architecture, pretrained=False)
 
 
 def fresh_model(

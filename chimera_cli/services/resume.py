@@ -85,7 +85,7 @@ def refuse_changes(group: Group, config: TrainConfig, seeds: Sequence[int], fact
         raise ChimeraError(
             f"{recorded_config(group)} was edited after the run began", "restore the file, or train anew"
         )
-    for name in ("pack", "stream", "hardware"):
+    for name in ("pack", "stream", "init_from", "hardware"):
         changed = differences(_mapping(group.facts.get(name)), _mapping(facts.get(name)))
         if changed:
             raise ChimeraError(

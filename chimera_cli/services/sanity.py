@@ -15,10 +15,12 @@ from chimera_cli.services.learning import (
     new_learner,
     open_bench,
     refuse_unfit_pack,
+    refuse_unfit_towers,
     run_loop,
 )
 
 if TYPE_CHECKING:
+    from chimera_cli.models.dual_encoder import Architecture
     from chimera_cli.services.session import SeedSession
     from chimera_cli.training.loop import Outcome
 
@@ -42,6 +44,7 @@ def train_sanity(
 
     bench = open_bench(home, config.data, config.device, config.precision, listener)
     refuse_unfit_pack(bench.pack, config.batch, ("train",))
+    refuse_unfit_towers(_architecture(config))
     facts = group_facts(command, bench.pack, config.model_dump(), bench.device)
     label = "shuffled" if shuffled else ""
     with group_session(home, "sanity", label, [seed], facts) as group, track(home, group, listener) as tracker:
@@ -56,8 +59,7 @@ def _sanity_seed(
     from chimera_cli.services.session import memory_figures
 
     started = time.perf_counter()
-    architecture = architecture_of(config.image, config.text, config.heads, config.loss, flipped_view=False)
-    model = fresh_model(architecture, seed, bench.device)
+    model = fresh_model(_architecture(config), seed, bench.device)
     batches = training_batches(bench, model, config.batch, seed, session.tell, shuffled=shuffled)
     learner = new_learner(model, config.optimiser, bench, config.updates)
     outcome = run_loop(
@@ -87,6 +89,10 @@ def _sanity_seed(
     drop, wall_s = outcome.losses[0] - outcome.losses[-1], time.perf_counter() - started
     passed = drop >= SANITY_LOSS_DROP and tail <= chance - SANITY_LOSS_DROP and wall_s <= SANITY_WALL_S
     return session.finish(figures, {"passed": passed} | _sanity_details(bench, config, outcome, shuffled))
+
+
+def _architecture(config: SanityConfig) -> "Architecture":
+    return architecture_of(config.image, config.text, config.heads, config.loss, flipped_view=False)
 
 
 def _sanity_details(bench: Workbench, config: SanityConfig, outcome: "Outcome", shuffled: bool) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def refuse_unfit(config: TrainConfig, bench: Workbench) -> None:
     """Raise UsageError for a recipe, ChimeraError for a pack, that can't be timed from the pack to a recall on dev."""
     if config.stream is not None:
         raise UsageError("a stream is not timed from a pack", "--set stream=null")
+    if config.init_from is not None:
+        raise UsageError("what another run has learned is not timed from a pack", "--set init_from=null")
     refuse_unfit_pack(bench.pack, config.batch, ("train", "dev"), config.captions_per_image)
 
 

@@ -48,6 +48,7 @@ from chimera_cli.services.resume import (
     take_up,
 )
 from chimera_cli.services.streaming import Stream, open_stream, stream_pairs, warm_dev
+from chimera_cli.services.warm_start import WarmStart, tell_start, warm_start
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,6 +76,7 @@ class _Job:
     stop: "Stop"
     resumed: bool
     contingency: bool
+    start: WarmStart
 
     def identity(self, seed: int) -> dict[str, Any]:
         """Return what a checkpoint must have been made with for this seed to go on from it."""
@@ -94,11 +96,12 @@ def train_full(
 ) -> dict[str, Any]:
     """Return the results of one group with one run per seed, the best checkpoint of each chosen by dev `rsum`.
 
-    With `stream` set the pairs come from shards and the pack gives the dev split alone. `resumed` goes on instead of
-    beginning anew: finished seeds stay, the interrupted one goes on from its checkpoint, the others are trained. Under
-    `torchrun` each process trains on its share and all return the results. With `contingency` auto it helps itself
-    where memory runs out, the loader is too slow or the loss is no number, and says so in events.jsonl and the result;
-    None takes what `resumed` was last run with, else off.
+    With `stream` set the pairs come from shards and the pack gives the dev split alone. With `init_from` the seeds
+    begin with the weights of another run. `resumed` goes on instead of beginning anew: finished seeds stay, the
+    interrupted one goes on from its checkpoint, the others are trained. Under `torchrun` each process trains on its
+    share and all return the results. With `contingency` auto it helps itself where memory runs out, the loader is too
+    slow or the loss is no number, and says so in events.jsonl and the result; None takes what `resumed` was last run
+    with, else off.
     Raises ChimeraError where the pack, the shards or a setting make training impossible, UsageError where the settings
     are not those of `resumed`.
     """
@@ -108,23 +111,28 @@ def train_full(
 
     with joined(_own_device(config.device)) as processes, stoppable() as stop:
         tell = listener if processes.leads else ignore
+        start = warm_start(home, config, seeds)
+        # The name in full: what was the latest run or the only one that began so may not be later on.
+        config = config.model_copy(update={"init_from": start.run})
         # A run without a pack's name goes on with the pack it was begun with, not with one that is newer.
         data = config.data if resumed is None or config.data else str(resumed.facts["pack"]["name"])
         bench = open_bench(home, data, config.device, config.precision, tell)
         needed = ("train", "dev") if config.stream is None else ("dev",)
         refuse_unfit_pack(bench.pack, config.batch, needed, config.captions_per_image)
-        refuse_unfit_towers(config)
+        refuse_unfit_towers(fresh_architecture(config))
         _limit_memory(config.vram_limit_gb, bench.device)
+        tell_start(start, bench.pack.fingerprint, tell)
         stream = open_stream(config, bench.pack, tell)
         contingency = contingency or ("off" if resumed is None else resumed.facts.get("contingency", "off"))
         _refuse_shares(config, processes, contingency)
         facts = group_facts(command, bench.pack, config.model_dump(), bench.device)
         facts |= {"contingency": contingency} | ({} if stream is None else {"stream": stream.facts()})
+        facts |= {} if start.run is None else {"init_from": start.facts()}
         if resumed is not None:
             refuse_changes(resumed, config, seeds, facts)
             note_other_source(resumed, facts, tell)
         total = config.epochs * _epoch_updates(bench, config, stream)
-        job = _Job(bench, config, stream, total, processes, stop, resumed is not None, contingency == "auto")
+        job = _Job(bench, config, stream, total, processes, stop, resumed is not None, contingency == "auto", start)
         with _group(home, label, seeds, facts, resumed, command, tell, processes) as (group, tracker):
             results: list[dict[str, Any]] = []
             for seed in seeds:
@@ -270,7 +278,11 @@ def _next_rung(
 
 
 def _fresh_learner(job: _Job, config: TrainConfig, seed: int) -> "Learner":
+    from chimera_cli.models.checkpoint import begin_with
+
     model = fresh_model(fresh_architecture(config), seed, job.bench.device, config.checkpointing)
+    if seed in job.start.checkpoints:
+        begin_with(model, job.start.checkpoints[seed])
     return new_learner(model, config.optimiser, job.bench, job.total, config.ema)
 
 

@@ -189,6 +189,13 @@ def test_towers_without_what_is_asked_of_them_are_refused_and_leave_nothing(
     assert list_groups(small_home) == []
 
 
+def test_the_proof_of_life_refuses_what_a_tower_lacks_and_leaves_nothing(toy_home: Path) -> None:
+    config = load_config(SanityConfig, None, [*TINY_SANITY, "data=toy", "image.stages=9"])
+    with pytest.raises(UsageError, match=r"image\.stages: 9 is more than the tower's \d"):
+        train_sanity(toy_home, config, 0, "x")
+    assert list_groups(toy_home) == []
+
+
 def test_a_run_that_fails_says_so_in_its_group(toy_home: Path) -> None:
     config = load_config(TrainConfig, None, [*SCRATCH, "optimiser.lr_heads=1e30", "optimiser.clip_norm=0"])
     with pytest.raises(ChimeraError, match="the loss is"):
