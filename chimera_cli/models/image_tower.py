@@ -89,7 +89,10 @@ class ImageTower(nn.Module):
         computed = {block: others.get(block, block) for block in self._tapped()}
         taps = {block: Tapped(does, keep) for block, does in computed.items() if not isinstance(does, Passed)}
         own: Tensor = exchanged(self.backbone, {**others, **taps})(pixels)
-        return own, found
+        # Where activations are computed again, the taps outlive this call: what they hold must not hold the graph.
+        kept = list(found)
+        found.clear()
+        return own, kept
 
     def _tapped(self) -> list[nn.Module]:
         """Return the last blocks of the last `stages` stages."""

@@ -33,6 +33,13 @@ class Tapped(nn.Module):
         self.block = block
         self.tap = tap
 
+    def __getattr__(self, name: str) -> Any:
+        # What a model asks of its blocks beside their outputs.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
     def forward(self, *inputs: Any, **settings: Any) -> Any:
         """Return what the block makes of `inputs`."""
         outputs = self.block(*inputs, **settings)

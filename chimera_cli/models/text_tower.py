@@ -1,6 +1,6 @@
 """Text towers from transformers: captions to tokens to mean-pooled sentence features."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertM
 from transformers.utils.logging import disable_progress_bar
 
 from chimera_cli.errors import UsageError
-from chimera_cli.models.parts import exchanged
+from chimera_cli.models.parts import Tapped, exchanged
 from chimera_cli.models.tokens import Tokens, TokenTable
 from chimera_cli.models.weights import (
     DEFAULT_TEXT,
@@ -86,25 +86,34 @@ class TextTower(nn.Module):
         return torch.cat(pieces)[order.argsort()]
 
     def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self._pooled(partial(self.encoder, input_ids=ids), mask, 0, {})
+        last, states = self._computed(self.encoder, self.hidden_states, input_ids=ids, attention_mask=mask)
+        return self._pooled(last, states, mask)
 
-    def _encode_states(self, states: Tensor, mask: Tensor) -> Tensor:
-        given, *below = torch.split(states, self.state_width, dim=-1)
+    def _encode_states(self, given: Tensor, mask: Tensor) -> Tensor:
+        first, *below = torch.split(given, self.state_width, dim=-1)
+        known = {self.locked_layers or 0: first, **dict(zip(self._below(), below, strict=True))}
         upper = self._part(slice(self.locked_layers, None), _Given())
-        known = dict(zip(self._below(), below, strict=True))
-        return self._pooled(partial(upper, inputs_embeds=given), mask, self.locked_layers or 0, known)
+        others = [number for number in self.hidden_states if number not in known]
+        last, states = self._computed(upper, others, inputs_embeds=first, attention_mask=mask)
+        return self._pooled(last, states | known, mask)
 
-    def _pooled(self, encoder: Callable[..., Any], mask: Tensor, first: int, known: dict[int, Tensor]) -> Tensor:
-        """Return the features (batch, width) that an encoder gives whose hidden states begin with number `first`.
+    def _computed(
+        self, encoder: nn.Module, numbers: Sequence[int], **inputs: Tensor
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return what leaves an encoder, all of the tower's or a part, and the hidden states of those numbers in it."""
+        # Taken here: transformers' own way hooks into layers that the parts share, and then gives some states twice.
+        states: dict[int, Tensor] = {}
 
-        `known` are states from before the first, by number.
-        """
-        if not self.hidden_states:
-            return _mean(encoder(attention_mask=mask).last_hidden_state, mask)
-        found = encoder(attention_mask=mask, output_hidden_states=True)
-        states = known | dict(enumerate(found.hidden_states, first))
-        chosen = (found.last_hidden_state, *(states[number] for number in self.hidden_states))
-        return torch.cat([_mean(one, mask) for one in chosen], dim=-1)
+        def keep(number: int, outputs: Any) -> None:
+            states[number] = outputs if isinstance(outputs, Tensor) else outputs[0]
+
+        modules = {number: self.layers()[number - 1] if number else self._embeddings() for number in numbers}
+        taps = {module: Tapped(module, partial(keep, number)) for number, module in modules.items()}
+        return exchanged(encoder, taps)(**inputs).last_hidden_state, states
+
+    def _pooled(self, last: Tensor, states: Mapping[int, Tensor], mask: Tensor) -> Tensor:
+        """Return the features (batch, width) of the last hidden states and of those of the `hidden_states`."""
+        return torch.cat([_mean(one, mask) for one in (last, *(states[each] for each in self.hidden_states))], dim=-1)
 
     def _below(self) -> list[int]:
         """Return which of the `hidden_states` locked layers make before the last of them."""
@@ -122,17 +131,20 @@ class TextTower(nn.Module):
         Raises AttributeError for an encoder whose layers or embeddings are not where those of BERT are.
         """
         lower, below = self._part(slice(0, self.locked_layers), None), self._below()
-        found = lower(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], output_hidden_states=bool(below)
+        last, states = self._computed(
+            lower, below, input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         )
-        return torch.cat([found.last_hidden_state, *(found.hidden_states[number] for number in below)], dim=-1)
+        return torch.cat([last, *(states[number] for number in below)], dim=-1)
 
     def _part(self, layers: slice, embeddings: nn.Module | None) -> nn.Module:
         """Return the encoder with some of its layers alone, maybe with other embeddings; the weights are the same."""
-        own = self.encoder.get_submodule("embeddings")
+        own = self._embeddings()
         chosen = nn.ModuleList(list(self.layers())[layers])
         part: nn.Module = exchanged(self.encoder, {self.layers(): chosen, own: embeddings or own})
         return part
+
+    def _embeddings(self) -> nn.Module:
+        return self.encoder.get_submodule("embeddings")
 
     def train(self, mode: bool = True) -> "TextTower":
         """Switch dropout; what is locked stays as it is when evaluated: its states are computed once."""

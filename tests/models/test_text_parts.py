@@ -8,6 +8,7 @@ import torch
 
 from chimera_cli.models.sessions import SessionError, compare_text_parts
 from chimera_cli.models.text_tower import TextTower, build_text_tower
+from chimera_cli.models.weights import DEFAULT_TEXT
 
 TEXTS = ["a dog", "two children play with a red ball on the grass", "snow"] * 60
 
@@ -54,6 +55,24 @@ def test_states_and_then_the_rest_equal_the_whole_tower_and_its_gradient(
     for (name, ours), (_, theirs) in zip(twin.named_parameters(), tower.named_parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None) == (not ours.requires_grad), name
         assert ours.grad is None or torch.allclose(ours.grad, theirs.grad, atol=1e-5), name
+
+
+@pytest.mark.parametrize("numbers", [(0, 3), (3, 5), (1, 2)])
+@torch.no_grad()
+def test_parts_in_any_order_give_the_states_that_the_encoder_itself_has(numbers: tuple[int, ...]) -> None:
+    tower = build_text_tower(DEFAULT_TEXT, hidden_states=numbers)
+    tower.learn_only(3)
+    tower.eval()
+    # An encoder that nobody took apart: transformers hooks into the layers that it is asked for states of.
+    untouched = copy.deepcopy(tower.encoder)
+    tokens = tower.tokenise(["a dog jumps over a fence"], 16)
+    states = untouched(**tokens, output_hidden_states=True).hidden_states
+    wanted = torch.cat([states[number].mean(dim=1) for number in (6, *numbers)], dim=-1)
+    for _ in range(2):
+        lower = tower.lower_states(tokens)
+        parts = tower({"states": lower, "attention_mask": tokens["attention_mask"]})
+        for found in (parts, tower(tokens)):
+            assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_locked_layers_keep_no_dropout_while_the_others_learn() -> None:
