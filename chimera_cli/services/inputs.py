@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from chimera_cli.errors import ChimeraError
 from chimera_cli.events import Listener
@@ -163,12 +163,12 @@ def _image_inputs(
     may_flip = images_without_sides(bench.pack) if flip else None
     crops = _crops(model, views, crop_scale, colour_jitter)
     if model.architecture.image_locked:
-        features = locked_image_features(model, bench.pack, "train", bench.device, tell, crops).values
-        if model.image_tower.places:
-            return _from_disk(features, seed, bench.device, may_flip)
-        return noisy_rows(torch.from_numpy(features).to(bench.device), seed, feature_noise, may_flip)
+        features = torch.from_numpy(locked_image_features(model, bench.pack, "train", bench.device, tell, crops).values)
+        if not model.image_tower.places:
+            return noisy_rows(features.to(bench.device), seed, feature_noise, may_flip)
+        return _from_disk(features, seed, bench.device, may_flip)
     if (maps := image_maps(model, bench.pack, "train", bench.device, tell, crops)) is not None:
-        return _from_disk(maps.values, seed, bench.device, may_flip)
+        return _from_disk(torch.from_numpy(maps.values), seed, bench.device, may_flip)
     how = Augmentation(
         model.architecture.image_size,
         crop_scale=crop_scale,
@@ -181,22 +181,13 @@ def _image_inputs(
 
 
 def _from_disk(
-    views: "NDArray[Any]", seed: int, device: "torch.device", may_flip: "Tensor | None"
+    views: "Tensor", seed: int, device: "torch.device", may_flip: "Tensor | None"
 ) -> "Callable[[NDArray[np.int64], Place], Tensor]":
     """Return what gives the loader a view (images, ...) of each image; of `views` only those of a batch are read."""
-    import torch
-
     from chimera_cli.training.augment import noisy_rows
-    from chimera_cli.training.cache import let_go
 
-    rows = noisy_rows(torch.from_numpy(views), seed, 0.0, may_flip)
-
-    def shown(positions: "NDArray[np.int64]", place: "Place") -> "Tensor":
-        picked = as_floats(rows(positions, place), device)
-        let_go(views)
-        return picked
-
-    return shown
+    rows = noisy_rows(views, seed, 0.0, may_flip)
+    return lambda positions, place: as_floats(rows(positions, place), device)
 
 
 def _text_inputs(

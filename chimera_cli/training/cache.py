@@ -1,7 +1,6 @@
 """What locked towers compute, kept on disk: keyed by all that decides it, verified, and mapped instead of loaded."""
 
 import json
-import mmap
 import os
 import sys
 from collections.abc import Callable
@@ -65,16 +64,6 @@ def _mapped(path: Path) -> NDArray[Any]:
     # Private pages instead of read-only ones, of which torch would warn; nobody writes to them.
     values: NDArray[Any] = np.load(path, mmap_mode="c")
     return values
-
-
-def let_go(values: NDArray[Any]) -> None:
-    """Take what was read of mapped values out of this process's memory; the system still has it, if it has room.
-
-    Files counted as this process's own would hide what computing takes: a pack of 6,000 images of 224 pixels is 0.9 GB.
-    """
-    mapped = getattr(values, "_mmap", None)
-    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _valid_facts(values_path: Path, facts_path: Path) -> dict[str, Any] | None:

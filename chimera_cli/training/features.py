@@ -1,6 +1,7 @@
 """Features of whole splits through a tower, on a CPU with all its cores."""
 
 import itertools
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from chimera_cli.models.image_tower import ImageTower
 from chimera_cli.models.sessions import TOLERANCE
 from chimera_cli.models.tokens import Tokens, TokenTable
 from chimera_cli.training.batches import Place
-from chimera_cli.training.cache import Allocate, let_go
+from chimera_cli.training.cache import Allocate
 
 Floats = NDArray[np.float32]
 
@@ -84,7 +85,6 @@ def image_features(
             if result is None:
                 result = allocate((len(indices), len(views), *values.shape[1:]), dtype)
             result[rows, view] = values
-            let_go(result)
             done = rows.start * len(views) + len(values) * (view + 1)
             listener(Progress(stage, done // len(views), len(indices), "images"))
     if result is None:
@@ -105,7 +105,7 @@ def _inputs(
         for number, batch in enumerate(image_batches(images, indices, _IMAGES, pinned=device.type == "cuda")):
             rows = slice(number * _IMAGES, number * _IMAGES + len(batch))
             if number % _LET_GO == 0:
-                let_go(images)
+                _let_go(images)
             pixels = to_device(batch, device)
             plain = preprocess(pixels, tower, image_size)
             yield rows, 0, plain
@@ -135,6 +135,16 @@ def _rounded(values: Floats, dtype: type[np.floating[Any]]) -> NDArray[Any]:
     if not fits.all():
         raise OverflowError("some of what the locked part of a tower makes is beyond half precision")
     return rounded
+
+
+def _let_go(images: NDArray[np.uint8]) -> None:
+    """Take what was read of a mapped pack out of this process's memory; the system still has it, if it has room.
+
+    A whole pack counted as this process's own would hide what computing takes: 0.9 GB for 6,000 images of 224 pixels.
+    """
+    mapped = getattr(images, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _by_image(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,17 +1,15 @@
 """The cache of features: computed once, verified, mapped; whatever goes wrong leaves nothing half-made behind."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
 from chimera_cli.errors import ChimeraError
 from chimera_cli.training import cache
-from chimera_cli.training.cache import Allocate, CachedFeatures, cached, let_go
+from chimera_cli.training.cache import Allocate, CachedFeatures, cached
 
 CPU = torch.device("cpu")
 
@@ -44,32 +42,6 @@ def test_what_is_done_to_mapped_values_does_not_reach_the_file(tmp_path: Path) -
     cached(tmp_path, "x", {}, compute, CPU).values[0] = 5
     # No warning of read-only memory either, which tests would turn into an error.
     assert torch.from_numpy(cached(tmp_path, "x", {}, compute, CPU).values).tolist() == [1, 1, 1, 1]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="how much of a file is in memory is read from /proc")
-def test_what_is_let_go_leaves_memory_and_no_value_is_lost(tmp_path: Path) -> None:
-    counted: list[int] = []
-
-    def resident(path: Path) -> int:
-        return sum(area.rss for area in psutil.Process().memory_maps(grouped=True) if area.path.startswith(str(path)))
-
-    def compute(allocate: Allocate) -> None:
-        values = allocate((1 << 20,), np.float32)
-        values[:] = np.arange(1 << 20)
-        counted.append(resident(tmp_path))
-        let_go(values)
-        counted.append(resident(tmp_path))
-
-    values = cached(tmp_path, "x", {}, compute, CPU).values
-    assert np.array_equal(values, np.arange(1 << 20))
-    counted.append(resident(tmp_path))
-    let_go(values)
-    counted.append(resident(tmp_path))
-    # While it is filled and while it is read, 4 MiB each time.
-    assert counted[0] >= 1 << 22 <= counted[2]
-    assert counted[1] < 1 << 16 > counted[3]
-    assert np.array_equal(values, np.arange(1 << 20))
-    let_go(np.zeros(3))
 
 
 def test_a_changed_file_is_computed_anew(tmp_path: Path) -> None:
