@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,14 @@ def small_home(small_pack_home: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     shutil.copytree(small_pack_home / "data" / "small", home / "data" / "small", copy_function=os.link)
     monkeypatch.setenv("CHIMERA_HOME", str(home))
     return home
+
+
+@pytest.fixture(scope="module")
+def untracked() -> Iterator[None]:
+    """Leave MLflow out of this process, which takes seconds for each run; processes of their own have it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chimera_cli.tracking.track", lambda *_: nullcontext(lambda _event: None))
+        yield
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,27 @@ def load_model(path: Path, device: torch.device) -> DualEncoder:
 
 
 def begin_with(model: DualEncoder, path: Path) -> None:
-    """Put what has learned in the checkpoint `path` into a model in which all of it learns, and maybe more.
+    """Put what has learned in the checkpoint `path` into a model; raises as `fitting_state`.
 
-    What was locked there stays as the named weights have it. Raises ChimeraError where the file is missing or damaged,
-    where it was trained with other weights, and where what it has learned is locked here or of another shape.
+    What was locked there stays as the named weights have it, and may learn here.
+    """
+    model.load_state_dict(dict(fitting_state(model, path)), strict=False)
+
+
+def fitting_state(model: DualEncoder, path: Path) -> dict[str, Tensor]:
+    """Return what has learned in the checkpoint `path`, for a model in which all of it learns, and maybe more.
+
+    Raises ChimeraError where the file is missing or damaged, where it was trained with other weights, and where the
+    model has other towers or heads, or locks what has learned there.
     """
     header, stored = _read(path)
-    others = sorted(set(header["weights"]) - {model.architecture.image_weights, model.architecture.text_weights})
-    if others:
-        raise ChimeraError(f"{path} has another tower: {', '.join(others)}", "begin with a run of the same towers")
-    _refuse_other_weights(path, header["weights"], model.architecture)
+    there, here = Architecture(**header["architecture"]), model.architecture
+    unlike = [f"{key} {was}, not {now}" for key, was, now in _shapes(there, here) if was != now]
+    if unlike:
+        raise ChimeraError(
+            f"{path} was trained with {unlike[0]}", "give the recipe the same, or begin with another run"
+        )
+    _refuse_other_weights(path, header["weights"], here)
     ours = learned_state(model)
     locked = sorted(name for name in stored if name not in ours and name in model.state_dict())
     if locked:
@@ -79,13 +90,29 @@ def begin_with(model: DualEncoder, path: Path) -> None:
             f"{path} has learned {len(locked)} tensors that are locked here, such as {locked[0]}",
             "let as much learn as in that run: image.locked, image.learn_blocks, text.learn_layers",
         )
-    needed = {name: tensor for name, tensor in ours.items() if name not in header["locked"]}
-    wrong = _misfits(needed, stored)
+    wrong = _misfits({name: tensor for name, tensor in ours.items() if name not in header["locked"]}, stored)
     if wrong:
-        raise ChimeraError(
-            f"{path} does not fit this recipe in {wrong}", "begin with a run of the same stages, states and heads"
-        )
-    model.load_state_dict(dict(stored), strict=False)
+        raise ChimeraError(f"{path} does not fit this recipe in {wrong}", "begin with a run of this version")
+    return stored
+
+
+def _shapes(there: Architecture, here: Architecture) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what two models must have in common for the heads to mean the same: the key of a recipe and both values."""
+    for key, name in (
+        ("image.weights", "image_weights"),
+        ("image.stages", "image_stages"),
+        ("text.weights", "text_weights"),
+        ("text.hidden_states", "text_hidden_states"),
+        ("heads.kind", "head"),
+        ("heads.hidden", "hidden"),
+        ("heads.dim", "dim"),
+        ("heads.members", "members"),
+        ("heads.queries", "image_queries"),
+    ):
+        was, now = getattr(there, name), getattr(here, name)
+        yield (key, list(was), list(now)) if isinstance(was, tuple) else (key, was, now)
+    was, now = ("infonce" if one.logit_bias is None else "sigmoid" for one in (there, here))
+    yield "loss.kind", was, now
 
 
 def _refuse_other_weights(path: Path, was: Mapping[str, str | None], architecture: Architecture) -> None:

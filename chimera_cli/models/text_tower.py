@@ -91,7 +91,7 @@ class TextTower(nn.Module):
 
     def _encode_states(self, given: Tensor, mask: Tensor) -> Tensor:
         first, *below = torch.split(given, self.state_width, dim=-1)
-        known = {self.locked_layers or 0: first, **dict(zip(self._below(), below, strict=True))}
+        known = {self.locked_layers or 0: first, **dict(zip(self.lower_numbers, below, strict=True))}
         upper = self._part(slice(self.locked_layers, None), _Given())
         others = [number for number in self.hidden_states if number not in known]
         last, states = self._computed(upper, others, inputs_embeds=first, attention_mask=mask)
@@ -115,14 +115,15 @@ class TextTower(nn.Module):
         """Return the features (batch, width) of the last hidden states and of those of the `hidden_states`."""
         return torch.cat([_mean(one, mask) for one in (last, *(states[each] for each in self.hidden_states))], dim=-1)
 
-    def _below(self) -> list[int]:
-        """Return which of the `hidden_states` locked layers make before the last of them."""
+    @property
+    def lower_numbers(self) -> list[int]:
+        """Which of the `hidden_states` locked layers make before the last of them."""
         return [number for number in self.hidden_states if number < (self.locked_layers or 0)]
 
     @property
     def lower_width(self) -> int:
         """How many numbers a token has in `lower_states`."""
-        return self.state_width * (1 + len(self._below()))
+        return self.state_width * (1 + len(self.lower_numbers))
 
     def lower_states(self, tokens: Tokens) -> Tensor:
         """Return what `forward` takes as `states`, (batch, tokens, lower_width), of `input_ids` and `attention_mask`.
@@ -130,7 +131,7 @@ class TextTower(nn.Module):
         That is the hidden states after the last locked layer, and behind them those of the `hidden_states` before it.
         Raises AttributeError for an encoder whose layers or embeddings are not where those of BERT are.
         """
-        lower, below = self._part(slice(0, self.locked_layers), None), self._below()
+        lower, below = self._part(slice(0, self.locked_layers), None), self.lower_numbers
         last, states = self._computed(
             lower, below, input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         )

@@ -42,7 +42,7 @@ def _lead(facts: Facts) -> tuple[Block, ...]:
         Mono(str(facts.group.facts.get("source_hash", "?"))[:12]),
         ".",
     )
-    return (Paragraph(run_line(facts)), Paragraph(where), *_plan(facts))
+    return (Paragraph(run_line(facts)), Paragraph(where), *_start(facts), *_plan(facts))
 
 
 def run_line(facts: Facts) -> Text:
@@ -55,6 +55,16 @@ def run_line(facts: Facts) -> Text:
     name = Mono(str(pack.get("name", "none")))
     on = (" on the stream ", Mono(str(stream)), ", dev and test of the pack ") if stream else (" on the pack ",)
     return ("Run ", Mono(group.name), f": {seeds}", *on, name, state)
+
+
+def _start(facts: Facts) -> tuple[Block, ...]:
+    """Return which run's weights this one began with, () where it began with pretrained towers alone."""
+    start = facts.group.facts.get("init_from")
+    if not isinstance(start, Mapping):
+        return ()
+    packs = ", ".join(sorted({str(pack.get("name")) for pack in start.get("packs", []) if isinstance(pack, Mapping)}))
+    said = f", trained on {packs}. Times and rates are of this run alone."
+    return (Paragraph(("It began with the weights of ", Mono(str(start.get("run"))), said)),)
 
 
 def _plan(facts: Facts) -> tuple[Block, ...]:

@@ -362,7 +362,7 @@ def caption_states(
     table = tower.token_table(pack.captions(split).texts, shape.max_tokens)
     key = _key(pack, split, shape.text_weights, text_weights_hash(shape.text_weights), device)
     key |= {"max_tokens": shape.max_tokens, "layers": tower.locked_layers}
-    key |= {"hidden_states": list(shape.text_hidden_states)} if tower.lower_width > tower.state_width else {}
+    key |= {"hidden_states": tower.lower_numbers} if tower.lower_numbers else {}
     tried = content_hash(["states", key])
     if tried in _unfit:
         return None

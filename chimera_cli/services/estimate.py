@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from chimera_cli.config import TrainConfig
 from chimera_cli.events import Listener, ignore
 from chimera_cli.runs import content_hash, list_groups
+from chimera_cli.services.warm_start import warm_start
 
 if TYPE_CHECKING:
     from chimera_cli.data.pack import Pack
@@ -180,7 +181,9 @@ def _ram_bytes(config: TrainConfig, parts: dict[str, float], has_gpu: bool) -> f
 
 def _measured(home: Path, config: TrainConfig) -> float | None:
     """Return the mean seconds of a seed in the newest finished run of exactly this config, None where there is none."""
-    wanted = content_hash(config.model_dump())
+    # Runs record in full the name of the one that they begin with.
+    begun = config.model_copy(update={"init_from": warm_start(home, config, ()).run})
+    wanted = content_hash(begun.model_dump())
     for group in list_groups(home, "train"):
         if group.status == "finished" and group.facts.get("config_hash") == wanted:
             return fmean(float(result["figures"]["wall_s"]) for result in group.results())

@@ -48,7 +48,7 @@ from chimera_cli.services.resume import (
     take_up,
 )
 from chimera_cli.services.streaming import Stream, open_stream, stream_pairs, warm_dev
-from chimera_cli.services.warm_start import WarmStart, tell_start, warm_start
+from chimera_cli.services.warm_start import WarmStart, refuse_unfit_start, tell_start, warm_start
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,6 +120,7 @@ def train_full(
         needed = ("train", "dev") if config.stream is None else ("dev",)
         refuse_unfit_pack(bench.pack, config.batch, needed, config.captions_per_image)
         refuse_unfit_towers(fresh_architecture(config))
+        refuse_unfit_start(start, fresh_architecture(config))
         _limit_memory(config.vram_limit_gb, bench.device)
         tell_start(start, bench.pack.fingerprint, tell)
         stream = open_stream(config, bench.pack, tell)

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from chimera_cli.config import TrainConfig, load_config
 from chimera_cli.data.pack import Caption, Item, Picture
 from chimera_cli.data.pack_writer import write_pack
 from chimera_cli.errors import ChimeraError, UsageError
-from chimera_cli.events import Event, Note, ignore
+from chimera_cli.events import Event, Note
 from chimera_cli.runs import Group, latest_group, read_json, read_sealed_json
 from chimera_cli.services.eval import evaluate_group
 from chimera_cli.services.eval_classes import classify_images
@@ -24,6 +23,8 @@ from chimera_cli.services.eval_errors import error_page
 from chimera_cli.services.eval_query import search_images
 from chimera_cli.services.report import report
 from chimera_cli.services.train import train_full
+
+pytestmark = pytest.mark.usefixtures("untracked")
 
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "turquoise")
 SCRATCH = (
@@ -34,24 +35,16 @@ SCRATCH = (
 
 
 @pytest.fixture(scope="module")
-def trained(toy_pack_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(toy_pack_home: Path, tmp_path_factory: pytest.TempPathFactory, untracked: None) -> Path:
     """A home with the toy pack and a small run of two seeds, trained on it. Read-only."""
     home = tmp_path_factory.mktemp("trained")
     shutil.copytree(toy_pack_home / "data", home / "data", ignore=shutil.ignore_patterns(".*"))
-    with pytest.MonkeyPatch.context() as patch:
-        _without_mlflow(patch)
-        train_full(home, load_config(TrainConfig, None, SCRATCH), (0, 1), "scratch", "chimera train full ...")
+    train_full(home, load_config(TrainConfig, None, SCRATCH), (0, 1), "scratch", "chimera train full ...")
     return home
 
 
-def _without_mlflow(patch: pytest.MonkeyPatch) -> None:
-    """MLflow makes a database for every home, which takes seconds; its own tests deliver to it."""
-    patch.setattr("chimera_cli.tracking.track", lambda *_arguments, **_options: nullcontext(ignore))
-
-
 @pytest.fixture
-def home(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    _without_mlflow(monkeypatch)
+def home(trained: Path, tmp_path: Path) -> Path:
     shutil.copytree(trained / "data", tmp_path / "home" / "data")
     shutil.copytree(trained / "runs", tmp_path / "home" / "runs")
     return tmp_path / "home"

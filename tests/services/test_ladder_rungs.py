@@ -1,7 +1,6 @@
 """The contingency ladder of a seed: memory, then speed, in their order; what was taken is told, kept and repeatable."""
 
 import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import count
@@ -26,6 +25,8 @@ from chimera_cli.training.checkpoints import write_checkpoint
 from chimera_cli.training.distributed import Processes
 from chimera_cli.training.large_batch import backward
 from chimera_cli.training.loop import LoopState
+
+pytestmark = pytest.mark.usefixtures("untracked")
 
 # A tower from scratch has the statistics of its batch: of all measures only a smaller image is left to it.
 SETTINGS = (
@@ -57,14 +58,6 @@ def measures(group: Group, seed: int = 0) -> list[dict[str, Any]]:
     events = read_json_lines(group.seed_dir(seed) / "events.jsonl")
     assert [{name: event[name] for name in measure} for event, measure in zip(events, told, strict=True)] == told
     return list(told)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def untracked() -> Iterator[None]:
-    """Leave MLflow out, which takes seconds each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("chimera_cli.tracking.track", lambda *_: nullcontext(ignore))
-        yield
 
 
 @pytest.fixture(scope="module")

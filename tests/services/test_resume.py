@@ -7,8 +7,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ import pytest
 
 from chimera_cli.config import TrainConfig, load_config
 from chimera_cli.errors import ChimeraError, UsageError
-from chimera_cli.events import Event, Note, StepDone, ignore
+from chimera_cli.events import Event, Note, StepDone
 from chimera_cli.runs import Group, read_json_lines, resolve_run
 from chimera_cli.services.resume import recorded_config, resumable_group
 from chimera_cli.services.session import cut_back, stoppable
 from chimera_cli.services.train import train_full
 from chimera_cli.training.losses import LOSSES, infonce
+
+pytestmark = pytest.mark.usefixtures("untracked")
 
 # Everything that draws random numbers or has a state of its own: dropout, crops, flips, batch statistics, an average.
 SETTINGS = (
@@ -79,14 +80,6 @@ def rows(group: Group, seed: int = 0) -> list[dict[str, Any]]:
 
 def weights(group: Group, seed: int = 0) -> list[bytes]:
     return [(group.seed_dir(seed) / "checkpoints" / name).read_bytes() for name in FINAL]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def untracked() -> Iterator[None]:
-    """Leave MLflow out of this process, which takes seconds each time; the killed ones have it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("chimera_cli.tracking.track", lambda *_: nullcontext(ignore))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def test_an_explanation_names_files_commands_and_the_plan_with_what_was_tried(tm
     assert [(one["run"], one["verdict"], one["figures"]["i2t_r1"]) for one in first["reached"]] == [
         (tried.name, "fail", pytest.approx(0.045))
     ]
-    wanted = {"text.hidden_states": [], "text.learn_layers": 2, "optimiser.lr_text": 1e-4}
+    wanted = {"text.learn_layers": 2, "optimiser.lr_text": 1e-4}
     assert (second["tried"], second["sets"]) == (None, wanted)
     assert second["command"] == f"{group.facts['command']} --plan viability/learn-text"
 

@@ -27,6 +27,8 @@ from chimera_cli.services.streaming import open_stream, stream_pairs
 from chimera_cli.services.train import train_full
 from chimera_cli.training.batches import PairBatch
 
+pytestmark = pytest.mark.usefixtures("untracked")
+
 TRAIN, DEV = 120, 40
 TOY = make_toy({"train": TRAIN, "dev": DEV})
 SIZE = 32

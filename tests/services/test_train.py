@@ -15,6 +15,8 @@ from chimera_cli.runs import latest_group, list_groups, read_json_lines, resolve
 from chimera_cli.services.sanity import train_sanity
 from chimera_cli.services.train import train_full
 
+pytestmark = pytest.mark.usefixtures("untracked")
+
 SCRATCH = (
     "data=toy", "image.weights=tiny", "image.locked=false", "image.image_size=48",
     "text.weights=tiny", "text.learn_layers=null",
