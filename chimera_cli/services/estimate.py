@@ -29,7 +29,8 @@ def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) 
 
     Activations are measured on this machine's CPU with 2 and 4 images and their captions, and scaled to the
     micro-batch; the rest follows from shapes. `vram_estimate_gb` is what torch's allocator will hold at most on a
-    GPU, its context left out, as `vram_limit_gb` counts.
+    GPU, its context left out, as `vram_limit_gb` counts. `ram_estimate_gb` is the peak that a run would report: what it
+    reads of files of cached features counts, although the system takes that back where memory is short.
     """
     import torch
 
@@ -66,7 +67,7 @@ def estimate_full(home: Path, config: TrainConfig, listener: Listener = ignore) 
     figures: dict[str, float | None] = {name: value / GIB for name, value in parts.items()}
     figures["vram_estimate_gb"] = _MARGIN * sum(parts.values()) / GIB
     figures["features_cache_gb"] = cached / GIB
-    figures["ram_estimate_gb"] = _ram_bytes(config, parts, torch.cuda.is_available()) / GIB
+    figures["ram_estimate_gb"] = (_ram_bytes(config, parts, torch.cuda.is_available()) + cached - features) / GIB
     figures["updates"] = config.epochs * epoch_updates(pack, config.batch, config.captions_per_image)
     figures["wall_s"] = _measured(home, config)
     details = {"pack": pack.name, "batch": config.batch, "micro_batch": pairs, "checkpointing": config.checkpointing}

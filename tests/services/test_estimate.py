@@ -9,6 +9,7 @@ from chimera_cli.config import TrainConfig, load_config
 from chimera_cli.data.pack import open_pack
 from chimera_cli.models.text_tower import build_text_tower
 from chimera_cli.models.weights import DEFAULT_TEXT
+from chimera_cli.runtime import MemoryPeaks
 from chimera_cli.services.estimate import GIB, estimate_full
 
 RECIPES = REPOSITORY / "configs" / "train"
@@ -70,7 +71,10 @@ def test_views_maps_and_states_are_counted_as_they_are_cached(small_home: Path) 
     assert estimate_full(small_home, streamed)["figures"]["features_cache_gb"] < partly["features_cache_gb"]
 
 
-def test_places_are_read_from_the_disk_and_captions_of_an_image_share_it(small_home: Path) -> None:
+def test_places_are_read_from_the_disk_and_captions_of_an_image_share_it(
+    small_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chimera_cli.runtime.memory_peaks", lambda _device: MemoryPeaks(None, None, 1.5))
     changes = ["data=small", "image.image_size=64", "image.stages=2", "heads.queries=2", "text.learn_layers=0",
                "augmentation.flip=true", "batch=60"]  # fmt: skip
     one, three = (
@@ -82,6 +86,9 @@ def test_places_are_read_from_the_disk_and_captions_of_an_image_share_it(small_h
     width = 1280 + 4 * (192 + 320)
     assert one["features_cache_gb"] == pytest.approx((2 * 300 * 2 * width + 4 * 300 * 5 * 384) / GIB)
     assert one["inputs_gb"] == pytest.approx(2 * 60 * 4 * (width + 384) / GIB)
+    # What is read of the file counts in the peak of a process, beside what it has had and what it trains with.
+    files = one["features_cache_gb"] - one["features_gb"]
+    assert one["ram_estimate_gb"] == pytest.approx(1.5 + one["vram_estimate_gb"] + files)
     assert three["inputs_gb"] == pytest.approx(2 * 20 * 4 * (width + 3 * 384) / GIB)
     assert three["activations_gb"] < one["activations_gb"]
 
