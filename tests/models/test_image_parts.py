@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from chimera_cli.errors import UsageError
 from chimera_cli.models.image_tower import ImageTower, build_image_tower
-from chimera_cli.models.parts import Begun, Passed, exchanged
+from chimera_cli.models.parts import Begun, Passed, Tapped, exchanged
 from chimera_cli.models.sessions import SessionError, compare_image_parts, map_session, session_backend
 from chimera_cli.models.weights import DEFAULT_IMAGE
 
@@ -163,6 +163,19 @@ def test_a_tower_without_blocks_is_refused() -> None:
     assert caught.value.hint == "--set image.learn_blocks=0 --set image.stages=0 --set heads.queries=0"
     tower.learn_only(0)
     assert not any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def test_a_tapped_block_answers_as_the_block_does_and_tells_what_comes_out() -> None:
+    seen: list[Tensor] = []
+    block = nn.Linear(2, 3)
+    tapped = Tapped(block, seen.append)
+    assert tapped.out_features == 3
+    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'stride'"):
+        tapped.stride  # noqa: B018 - asking for it is the test
+    inputs = torch.randn(4, 2)
+    outputs = tapped(inputs)
+    assert torch.equal(outputs, block(inputs))
+    assert seen[0] is outputs
 
 
 def test_parts_share_their_weights_and_leave_the_whole_as_it_is() -> None:
