@@ -18,7 +18,7 @@ from chimera_cli.services.train import train_full
 pytestmark = pytest.mark.usefixtures("untracked")
 
 SCRATCH = (
-    "data=toy", "image.weights=tiny", "image.locked=false", "image.image_size=48",
+    "data=toy", "image.weights=tiny", "image.locked=false", "image.image_size=32",
     "text.weights=tiny", "text.learn_layers=null",
     "heads.kind=linear", "heads.dim=64", "epochs=2", "batch=250", "optimiser.lr_image=3e-3", "optimiser.lr_text=3e-3",
 )  # fmt: skip
