@@ -62,8 +62,9 @@ def _start(facts: Facts) -> tuple[Block, ...]:
     start = facts.group.facts.get("init_from")
     if not isinstance(start, Mapping):
         return ()
-    packs = ", ".join(sorted({str(pack.get("name")) for pack in start.get("packs", []) if isinstance(pack, Mapping)}))
-    said = f", trained on {packs}. Times and rates are of this run alone."
+    packs = sorted({str(pack.get("name")) for pack in start.get("packs", []) if isinstance(pack, Mapping)})
+    learned = f", which has learned from {', '.join(packs)}" if packs else ""
+    said = f"{learned}. Times and rates are of this run alone."
     return (Paragraph(("It began with the weights of ", Mono(str(start.get("run"))), said)),)
 
 

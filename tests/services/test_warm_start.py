@@ -88,7 +88,7 @@ def test_each_seed_begins_with_its_own_checkpoint_and_the_run_says_so(first: Pat
     assert [pack["fingerprint"] for pack in found["packs"]] == [open_pack(first / "data", "small").fingerprint]
     notes = [event.message for event in told if isinstance(event, Note)]
     assert [note for note in notes if "begins with" in note] == [f"begins with the weights of {name}"]
-    assert f"It began with the weights of `{name}`, trained on small." in report(first, group.name).markdown
+    assert f"It began with the weights of `{name}`, which has learned from small." in report(first, group.name).markdown
     estimate = estimate_full(first, changes)["figures"]
     assert estimate["wall_s"] == result["results"][0]["figures"]["wall_s"], "a dry run finds it by the name in full"
 
