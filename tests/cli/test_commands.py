@@ -85,6 +85,8 @@ def test_the_shuffled_control_exits_3(chimera: Chimera, toy_home: Path) -> None:
     # All 200 updates of the control are run where the two proofs are compared.
     done = chimera("train", "sanity", "--shuffled", *SANITY, "--set", "updates=20", home=toy_home)
     assert done.code == 3
+    # So few updates would prove nothing without the option either: that it arrived is seen in the run.
+    assert [path.name[:15] for path in (toy_home / "runs").iterdir()] == ["sanity-shuffled"]
     assert "no proof of life" in done.out
 
 
