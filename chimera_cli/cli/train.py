@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import RenderableType
 
-from chimera_cli.cli.common import Json, emit, live, new_app
+from chimera_cli.cli.common import Device, Json, emit, live, new_app
 from chimera_cli.errors import ExitCode, UsageError
 from chimera_cli.events import Listener, ignore
 from chimera_cli.figures import FIGURES, RETRIEVAL, format_spread, format_value
@@ -104,6 +104,26 @@ def full(
         emit(result, as_json, _full_table)
 
 
+@app.command("combine")
+def combine(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Finished runs, or a seed of each (RUN/seed-1).")],
+    label: Annotated[str, typer.Option(help="Goes into the name of the new run.")] = "combined",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Several finished runs as one model, seed by seed: its similarity is the mean of theirs.
+
+    The new run holds all their weights, and `eval`, `report` and `slo check` take it as they take any other. Of several
+    runs that a name begins it is the newest.
+    """
+    from chimera_cli.services.combine import combine as combine_runs
+    from chimera_cli.services.provenance import command_line
+
+    with live("combine") as listener:
+        result = combine_runs(home(), runs, label, device, command_line(), listener)
+    emit(result, as_json, _full_table)
+
+
 def _recipe(config: Path | None, resume: str | None) -> tuple[Group | None, Path]:
     """Return the group to go on with, if any, and the file with the settings: of the run where none is named."""
     if resume is None:
@@ -194,7 +214,8 @@ def _full_table(result: Mapping[str, Any]) -> RenderableType:
         if summary is not None:
             label = ("dev " if name in RETRIEVAL else "") + FIGURES[name].label
             rows.append((label, format_spread(name, summary["mean"], summary["std"], summary["n"])))
-    return facts("trained", rows)
+    members = [("members", ", ".join(result["members"]))] if "members" in result else []
+    return facts("combined" if members else "trained", rows[:1] + members + rows[1:])
 
 
 def _estimate_table(result: Mapping[str, Any]) -> RenderableType:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ from chimera_cli.models.weights import TINY
 _HEADER = "chimera"
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a checkpoint holds: tensors by name, and the header that says what they belong to."""
+
+    header: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
 def save_model(model: DualEncoder, path: Path) -> None:
     """Replace `path` by the model in one step: learned tensors and buffers, the architecture in the header.
 
@@ -32,12 +41,17 @@ def save_model(model: DualEncoder, path: Path) -> None:
         "weights": weights_hashes(model.architecture),
         "locked": sorted(_locked_names(model)),
     }
+    write_stored(Stored(header, stored), path)
+
+
+def write_stored(stored: Stored, path: Path) -> None:
+    """Replace `path` by what it is to hold, in one step. Raises ChimeraError where it can't be written."""
     # One entry: safetensors writes several in random order, and the same model should give the same bytes.
-    metadata = {_HEADER: json.dumps(header, sort_keys=True)}
+    metadata = {_HEADER: json.dumps(stored.header, sort_keys=True)}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(stored, temporary, metadata=metadata)
+        save_file(dict(stored.tensors), temporary, metadata=metadata)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
@@ -46,18 +60,17 @@ def save_model(model: DualEncoder, path: Path) -> None:
         ) from error
 
 
-def load_model(path: Path, device: torch.device) -> DualEncoder:
-    """Return the model stored in `path`, ready to evaluate.
+def model_of(stored: Stored, path: Path, device: torch.device) -> DualEncoder:
+    """Return the model that `stored`, the content of `path`, is of, ready to evaluate.
 
-    Raises ChimeraError where the file is missing or damaged, or where the locked weights on this machine are not those
-    it was trained with.
+    Raises ChimeraError where they don't fit each other, or where the locked weights on this machine are not those it
+    was trained with.
     """
-    header, stored = _read(path)
-    architecture = Architecture(**header["architecture"])
-    _refuse_other_weights(path, header["weights"], architecture)
-    locked = set(header["locked"])
+    architecture = Architecture(**stored.header["architecture"])
+    _refuse_other_weights(path, stored.header["weights"], architecture)
+    locked = set(stored.header["locked"])
     model = build_dual_encoder(architecture, pretrained=bool(locked))
-    _load(model, stored, locked, str(path))
+    _load(model, stored.tensors, locked, str(path))
     return model.to(device).eval()
 
 
@@ -75,7 +88,8 @@ def fitting_state(model: DualEncoder, path: Path) -> dict[str, Tensor]:
     Raises ChimeraError where the file is missing or damaged, where it was trained with other weights, and where the
     model has other towers or heads, or locks what has learned there.
     """
-    header, stored = _read(path)
+    single = _single(path)
+    header, stored = single.header, dict(single.tensors)
     there, here = Architecture(**header["architecture"]), model.architecture
     unlike = [f"{key} {was}, not {now}" for key, was, now in _shapes(there, here) if was != now]
     if unlike:
@@ -156,7 +170,8 @@ def save_state(state: Mapping[str, Any], path: Path) -> None:
         ) from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_stored(path: Path) -> Stored:
+    """Return what a checkpoint holds. Raises ChimeraError where it is missing, damaged or of another version."""
     if not path.is_file():
         raise ChimeraError(f"{path} does not exist", "the run saved no checkpoint; train again")
     try:
@@ -167,7 +182,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ChimeraError(f"{path} is damaged: {error}", "train again, or restore the file") from error
     if not header:
         raise ChimeraError(f"{path} was not written by this version of chimera", "train again")
-    return header, stored
+    return Stored(header, stored)
+
+
+def _single(path: Path) -> Stored:
+    """Return what the checkpoint of one model holds. Raises ChimeraError for a combination of several."""
+    stored = read_stored(path)
+    if "members" in stored.header:
+        count = len(stored.header["members"])
+        raise ChimeraError(f"{path} is a combination of {count} models", "name one of the runs that it is made of")
+    return stored
 
 
 def _load(model: DualEncoder, stored: Mapping[str, Tensor], locked: set[str], origin: str) -> None:

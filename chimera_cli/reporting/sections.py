@@ -58,7 +58,11 @@ def run_line(facts: Facts) -> Text:
 
 
 def _start(facts: Facts) -> tuple[Block, ...]:
-    """Return which run's weights this one began with, () where it began with pretrained towers alone."""
+    """Return which runs this one combines or began with, () where it began with pretrained towers alone."""
+    if isinstance(parts := facts.group.facts.get("combines"), list):
+        names = [Mono(str(part.get("run"))) for part in parts if isinstance(part, Mapping)]
+        told = tuple(item for name in names for item in (", ", name))[1:]
+        return (Paragraph(("It is the mean of ", *told, ". Times are those of one training after another.")),)
     start = facts.group.facts.get("init_from")
     if not isinstance(start, Mapping):
         return ()

@@ -129,7 +129,10 @@ def _alone(
 
 
 def _recipe_of(group: Group) -> TrainConfig:
-    """Return the settings a run was trained with. Raises ChimeraError where they are not recorded."""
+    """Return the settings a run was trained with. Raises ChimeraError where they are not recorded, or are several."""
+    if "combines" in group.facts:
+        names = " or ".join(str(part.get("run")) for part in group.facts["combines"])
+        raise ChimeraError(f"{group.name} has the features of several recipes", f"--run {names}")
     paths = [group.seed_dir(seed) / "config.yaml" for seed in group.seeds]
     found = next((path for path in paths if path.is_file()), None)
     if found is None:

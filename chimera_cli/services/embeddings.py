@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from chimera_cli.data.pack import Pack
+    from chimera_cli.models.combination import Encoder
     from chimera_cli.models.dual_encoder import DualEncoder
     from chimera_cli.models.tokens import StateTable, Tokens, TokenTable
     from chimera_cli.training.cache import Allocate, CachedFeatures
@@ -57,7 +58,7 @@ def embed_split(
     Rows are in the order of `pack.split_indices(split)` and `pack.captions(split)`. Raises ChimeraError for a
     checkpoint that is missing or damaged.
     """
-    from chimera_cli.models.checkpoint import load_model
+    from chimera_cli.models.combination import load_model
 
     model = load_model(seed_dir / "checkpoints" / "best.safetensors", device)
     return embed_images(model, pack, split, device, listener), embed_captions(model, pack, split, device, listener)
@@ -67,19 +68,27 @@ def embed_texts(
     seed_dir: Path, texts: Sequence[str], device: "torch.device", listener: Listener = ignore
 ) -> "NDArray[np.float32]":
     """Return text_features (texts, dim), L2-normalised, of any sentences by the best checkpoint of a seed."""
-    from chimera_cli.models.checkpoint import load_model
+    from chimera_cli.models.combination import load_model
 
     model = load_model(seed_dir / "checkpoints" / "best.safetensors", device)
     return embed_texts_with(model, texts, device, listener)
 
 
 def embed_images(
-    model: "DualEncoder", pack: "Pack", split: str, device: "torch.device", listener: Listener
+    model: "Encoder", pack: "Pack", split: str, device: "torch.device", listener: Listener
 ) -> "NDArray[np.float32]":
     """Return image_features (images, dim) of a split; views of a model that averages them are averaged.
 
     As far as the tower is locked, what it makes comes from the cache.
     """
+    from chimera_cli.models.combination import members_of, side_by_side
+
+    return side_by_side([_images_of(one, pack, split, device, listener) for one in members_of(model)])
+
+
+def _images_of(
+    model: "DualEncoder", pack: "Pack", split: str, device: "torch.device", listener: Listener
+) -> "NDArray[np.float32]":
     import torch
 
     from chimera_cli.training.features import Views, image_features
@@ -129,9 +138,17 @@ def as_floats(cached: "Tensor", device: "torch.device") -> "Tensor":
 
 
 def embed_captions(
-    model: "DualEncoder", pack: "Pack", split: str, device: "torch.device", listener: Listener
+    model: "Encoder", pack: "Pack", split: str, device: "torch.device", listener: Listener
 ) -> "NDArray[np.float32]":
     """Return text_features (captions, dim), L2-normalised, of a split, from the cache as far as the tower is locked."""
+    from chimera_cli.models.combination import members_of, side_by_side
+
+    return side_by_side([_captions_of(one, pack, split, device, listener) for one in members_of(model)])
+
+
+def _captions_of(
+    model: "DualEncoder", pack: "Pack", split: str, device: "torch.device", listener: Listener
+) -> "NDArray[np.float32]":
     import torch
 
     from chimera_cli.training.features import caption_features
@@ -142,14 +159,22 @@ def embed_captions(
             return model.project_text(torch.from_numpy(pooled).to(device)).float().cpu().numpy()
     known = caption_states(model, pack, split, device, listener)
     if known is None:
-        return embed_texts_with(model, pack.captions(split).texts, device, listener)
+        return _texts_of(model, pack.captions(split).texts, device, listener)
     return caption_features(model.encode_text, known[0], device=device, listener=listener, stage=f"{split} captions")
 
 
 def embed_texts_with(
-    model: "DualEncoder", texts: Sequence[str], device: "torch.device", listener: Listener = ignore
+    model: "Encoder", texts: Sequence[str], device: "torch.device", listener: Listener = ignore
 ) -> "NDArray[np.float32]":
     """Return text_features (texts, dim), L2-normalised, of any sentences."""
+    from chimera_cli.models.combination import members_of, side_by_side
+
+    return side_by_side([_texts_of(one, texts, device, listener) for one in members_of(model)])
+
+
+def _texts_of(
+    model: "DualEncoder", texts: Sequence[str], device: "torch.device", listener: Listener
+) -> "NDArray[np.float32]":
     from chimera_cli.training.features import caption_features
 
     table = model.text_tower.token_table(texts, model.architecture.max_tokens)

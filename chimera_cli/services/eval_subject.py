@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from chimera_cli.data.pack import CaptionTable, Pack
-    from chimera_cli.models.dual_encoder import DualEncoder
+    from chimera_cli.models.combination import Encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +94,20 @@ def count_look(group: Group, split: str, listener: Listener) -> int:
     return looks
 
 
-def best_model(subject: Subject, seed: int) -> "DualEncoder":
+def best_model(subject: Subject, seed: int) -> "Encoder":
     """Return the best checkpoint of a seed as a model. Raises ChimeraError where it is missing or damaged."""
-    from chimera_cli.models.checkpoint import load_model
+    from chimera_cli.models.combination import load_model
 
     return load_model(subject.group.seed_dir(seed) / "checkpoints" / "best.safetensors", subject.device)
 
 
-def tell_of_length(model: "DualEncoder", texts: Sequence[str], what: str, listener: Listener) -> None:
-    """Say so where the model does not read all of a text; `what` names one of them."""
-    most = model.architecture.max_tokens
-    cut = int((model.text_tower.token_table(texts, most + 1).lengths > most).sum())
+def tell_of_length(model: "Encoder", texts: Sequence[str], what: str, listener: Listener) -> None:
+    """Say so where the model, or a member of it, does not read all of a text; `what` names one of them."""
+    from chimera_cli.models.combination import members_of
+
+    shortest = min(members_of(model), key=lambda one: one.architecture.max_tokens)
+    most = shortest.architecture.max_tokens
+    cut = int((shortest.text_tower.token_table(texts, most + 1).lengths > most).sum())
     if cut:
         which = f"the {what} is" if len(texts) == 1 else f"{cut} of {len(texts)} {what}s are"
         message = f"{which} longer than the {most} tokens that the model reads: what comes after them is left out"

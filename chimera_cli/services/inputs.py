@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from chimera_cli.data.pack import Pack
+    from chimera_cli.models.combination import Encoder
     from chimera_cli.models.dual_encoder import DualEncoder
     from chimera_cli.models.tokens import Tokens
     from chimera_cli.training.batches import PairBatch, Place
@@ -211,7 +212,7 @@ def _text_inputs(
     return tokens
 
 
-def dev_evaluation(model: "DualEncoder", bench: Workbench, tell: Listener) -> "Callable[[], Figures]":
+def dev_evaluation(model: "Encoder", bench: Workbench, tell: Listener) -> "Callable[[], Figures]":
     """Return the retrieval figures of the dev split with the model as it is when called."""
     from chimera_cli.evaluation.retrieval import retrieval_figures, retrieval_ranks
 

@@ -1,6 +1,6 @@
 """What every training is made of: a pack that fits, a model, what an update changes, and the loop."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,3 +174,19 @@ def run_loop(learner: "Learner", batches: Any, loss: Loss, bench: Workbench, **s
         average=learner.average,
         **settings,
     )
+
+
+def over_seeds(group: str, seeds: Sequence[int], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what a command prints of a training run: means by name under `figures`, spreads and seeds beside."""
+    from chimera_cli.figures import RETRIEVAL
+    from chimera_cli.statistics import summarise_known
+
+    summaries = {name: summarise_known([r["figures"][name] for r in results]) for name in results[0]["figures"]}
+    best = {name: summarise_known([r["details"]["best_dev"][name] for r in results]) for name in RETRIEVAL}
+    return {
+        "group": group,
+        "seeds": list(seeds),
+        "figures": {name: None if one is None else one.mean for name, one in (best | summaries).items()},
+        "over_seeds": {name: None if one is None else one.as_dict() for name, one in (best | summaries).items()},
+        "results": list(results),
+    }

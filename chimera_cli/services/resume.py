@@ -41,7 +41,7 @@ def resumable_group(home: Path, name: str) -> Group:
 
     Raises UsageError where there is none, where it is finished, and for a single seed.
     """
-    groups = list_groups(home, "train")
+    groups = [group for group in list_groups(home, "train") if "combines" not in group.facts]
     unfinished = [group for group in groups if group.status != "finished"]
     if name == "latest":
         if not unfinished:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from chimera_cli.config import TrainConfig
 from chimera_cli.errors import UsageError
 from chimera_cli.events import Listener, Note, ignore
-from chimera_cli.figures import RETRIEVAL
 from chimera_cli.runs import Group
 from chimera_cli.services.contingency import (
     Ladder,
@@ -33,6 +32,7 @@ from chimera_cli.services.learning import (
     fresh_model,
     new_learner,
     open_bench,
+    over_seeds,
     refuse_unfit_pack,
     refuse_unfit_towers,
     run_loop,
@@ -138,7 +138,7 @@ def train_full(
             results: list[dict[str, Any]] = []
             for seed in seeds:
                 results.append(_one_seed(job, group, seed, [tell, tracker], results[-1] if results else None))
-    return _over_seeds(group.name, seeds, results)
+    return over_seeds(group.name, seeds, results)
 
 
 @contextmanager
@@ -190,21 +190,6 @@ def _one_seed(
         if job.resumed:
             session.tell(Note(f"seed {seed} goes on after {kept.updates:,} of {job.total:,} updates"))
         return dict(job.processes.share(_full_seed(job, seed, session, kept, carried)))
-
-
-def _over_seeds(group: str, seeds: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what the command prints: means by name under `figures`, spreads and seeds beside them."""
-    from chimera_cli.statistics import summarise_known
-
-    summaries = {name: summarise_known([r["figures"][name] for r in results]) for name in results[0]["figures"]}
-    best = {name: summarise_known([r["details"]["best_dev"][name] for r in results]) for name in RETRIEVAL}
-    return {
-        "group": group,
-        "seeds": list(seeds),
-        "figures": {name: None if one is None else one.mean for name, one in (best | summaries).items()},
-        "over_seeds": {name: None if one is None else one.as_dict() for name, one in (best | summaries).items()},
-        "results": list(results),
-    }
 
 
 def _full_seed(job: _Job, seed: int, session: "SeedSession", kept: Kept, carried: Mapping[str, Any]) -> dict[str, Any]:

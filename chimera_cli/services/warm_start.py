@@ -42,9 +42,10 @@ def warm_start(home: Path, config: TrainConfig, seeds: Sequence[int]) -> WarmSta
     """
     if config.init_from is None:
         return WarmStart()
-    group, only = _finished_run(home, config.init_from)
+    hint = "train it first, or name another: --init-from RUN; `chimera runs list` shows what there is"
+    group, only = finished_run(home, config.init_from, hint)
     given = {seed: seed if only is None else only for seed in seeds}
-    ready = _finished_seeds(group)
+    ready = finished_seeds(group)
     missing = [seed for seed in given.values() if seed not in ready]
     if missing:
         one = f"--init-from {group.name}/seed-{ready[0]} takes one for all seeds"
@@ -58,21 +59,25 @@ def warm_start(home: Path, config: TrainConfig, seeds: Sequence[int]) -> WarmSta
     return WarmStart(group.name if only is None else f"{group.name}/seed-{only}", paths, packs)
 
 
-def _finished_run(home: Path, name: str) -> tuple[Group, int | None]:
-    """Return the training run that `name` means, of those with a finished seed, and the seed where it names one."""
-    groups = [group for group in list_groups(home, "train") if _finished_seeds(group)]
+def finished_run(home: Path, name: str, hint: str) -> tuple[Group, int | None]:
+    """Return the training run that `name` means, of those with a finished seed, and the seed where it names one.
+
+    Of several runs that begin so it is the newest. Raises UsageError with `hint` where there is none.
+    """
+    groups = [group for group in list_groups(home, "train") if finished_seeds(group)]
     begun = name.removeprefix("runs/").partition("/")[0]
     exact = [group for group in groups if group.name == begun]
     fitting = exact or [group for group in groups if begun and group.name.startswith(begun)]
     if begun != "latest" and not fitting:
         raise UsageError(
-            f"there is no training run {begun!r} with a finished seed to begin with",
-            "train it first, or name another: --init-from RUN; `chimera runs list` shows what there is",
+            f"there is no training run {begun!r} with a finished seed",
+            hint,
         )
     return resolve_run(home, name, groups=fitting[:1] or groups)
 
 
-def _finished_seeds(group: Group) -> list[int]:
+def finished_seeds(group: Group) -> list[int]:
+    """Return the seeds of a training run that have a result."""
     return [seed for seed in group.seeds if finished_result(group, seed) is not None]
 
 

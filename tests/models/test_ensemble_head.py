@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_model import TINY
 
-from chimera_cli.models.checkpoint import load_model, save_model
+from chimera_cli.models.checkpoint import save_model
+from chimera_cli.models.combination import load_model
 from chimera_cli.models.dual_encoder import DualEncoder, EnsembleHead, build_dual_encoder
 from chimera_cli.training.optimiser import build_optimiser
 

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from tiny_model import TINY
 
 from chimera_cli.errors import ChimeraError, UsageError
-from chimera_cli.models.checkpoint import load_model, save_model
+from chimera_cli.models.checkpoint import save_model
+from chimera_cli.models.combination import load_model
 from chimera_cli.models.dual_encoder import Architecture, build_dual_encoder, count_parameters
 from chimera_cli.models.image_tower import build_image_tower, image_weights_hash
 from chimera_cli.models.text_tower import build_text_tower

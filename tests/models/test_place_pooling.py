@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from tiny_model import TINY
 
 from chimera_cli.errors import UsageError
-from chimera_cli.models.checkpoint import load_model, save_model
+from chimera_cli.models.checkpoint import save_model
+from chimera_cli.models.combination import load_model
 from chimera_cli.models.dual_encoder import build_dual_encoder
 from chimera_cli.models.heads import PlacePooling
 from chimera_cli.models.image_tower import build_image_tower

@@ -14,7 +14,8 @@ from transformers import DistilBertConfig, DistilBertModel, MPNetConfig, MPNetMo
 from chimera_cli.config import TextTower as TextConfig
 from chimera_cli.config import TrainConfig, load_config, validate
 from chimera_cli.errors import UsageError
-from chimera_cli.models.checkpoint import load_model, save_model
+from chimera_cli.models.checkpoint import save_model
+from chimera_cli.models.combination import load_model
 from chimera_cli.models.dual_encoder import Architecture, build_dual_encoder
 from chimera_cli.models.sessions import caption_session, session_backend
 from chimera_cli.models.text_tower import TextTower, build_text_tower

@@ -14,7 +14,7 @@ import yaml
 from chimera_cli.config import TrainConfig, load_config
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Event, MeasureTaken, StepDone, ignore
-from chimera_cli.models.checkpoint import load_model
+from chimera_cli.models.combination import load_model
 from chimera_cli.runs import Group, list_groups, read_json, read_json_lines, resolve_run
 from chimera_cli.services import contingency as rungs
 from chimera_cli.services.resume import Kept, halvings, kept_by, recorded_config, resumable_group

@@ -14,7 +14,8 @@ from chimera_cli.config import TrainConfig, load_config
 from chimera_cli.data.pack import open_pack
 from chimera_cli.errors import ChimeraError, UsageError
 from chimera_cli.events import Event, Note, StepDone
-from chimera_cli.models.checkpoint import begin_with, fitting_state, load_model
+from chimera_cli.models.checkpoint import begin_with, fitting_state
+from chimera_cli.models.combination import load_model
 from chimera_cli.models.dual_encoder import build_dual_encoder
 from chimera_cli.models.weights import file_hash
 from chimera_cli.runs import Group, create_group, list_groups, read_json_lines, resolve_run, update_group
@@ -135,12 +136,12 @@ def test_runs_and_seeds_that_can_not_be_begun_with_are_named(
     assert caught.value.hint == f"--init-from {name}/seed-0 takes one for all seeds"
     for kind, label in (("sanity", ""), ("train", "begun")):
         create_group(tmp_path, kind, label, [0], {})
-        with pytest.raises(UsageError, match=f"there is no training run '{kind}' with a finished seed to begin with"):
+        with pytest.raises(UsageError, match=f"there is no training run '{kind}' with a finished seed"):
             warm_start(tmp_path, recipe(f"init_from={kind}"), (0,))
     monkeypatch.setenv("CHIMERA_HOME", str(first))
     words = ["train", "full", "--config", str(REPOSITORY / "configs" / "train" / "partial.yaml"), "--data", "small"]
     for more, run in (([], "train-locked"), (["--init-from", "no/where"], "no")):
-        with pytest.raises(UsageError, match=f"no training run '{run}' with a finished seed to begin with"):
+        with pytest.raises(UsageError, match=f"no training run '{run}' with a finished seed"):
             app([*words, *more], standalone_mode=False)
     bench = Workbench(open_pack(first / "data", "small"), CPU, "float32")
     with pytest.raises(UsageError, match="what another run has learned is not timed from a pack"):
