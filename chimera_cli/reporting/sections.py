@@ -59,8 +59,8 @@ def run_line(facts: Facts) -> Text:
 
 def _start(facts: Facts) -> tuple[Block, ...]:
     """Return which runs this one combines or began with, () where it began with pretrained towers alone."""
-    if isinstance(parts := facts.group.facts.get("combines"), list):
-        names = [Mono(str(part.get("run"))) for part in parts if isinstance(part, Mapping)]
+    if parts := combined(facts):
+        names = [Mono(str(part.get("run"))) for part in parts]
         told = tuple(item for name in names for item in (", ", name))[1:]
         return (Paragraph(("It is the mean of ", *told, ". Times are those of one training after another.")),)
     start = facts.group.facts.get("init_from")
@@ -70,6 +70,12 @@ def _start(facts: Facts) -> tuple[Block, ...]:
     learned = f", which has learned from {', '.join(packs)}" if packs else ""
     said = f"{learned}. Times and rates are of this run alone."
     return (Paragraph(("It began with the weights of ", Mono(str(start.get("run"))), said)),)
+
+
+def combined(facts: Facts) -> list[Mapping[str, Any]]:
+    """Return what group.json says of the runs that this one combines, [] where it was trained itself."""
+    parts = facts.group.facts.get("combines")
+    return [part for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
 
 
 def _plan(facts: Facts) -> tuple[Block, ...]:
@@ -185,6 +191,7 @@ def commands(facts: Facts, verdicts: Verdicts) -> list[str]:
     wanted = [
         prepare_command(pack),
         *(item.group.facts.get("command") for item in benchmarks if item is not None),
+        *(part.get("command") for part in combined(facts)),
         facts_of.get("command"),
         *(f"chimera eval --run latest --split {split}" for split in splits),
         shlex.join(_on_latest(shlex.split(verdicts.command), facts.group.name)),

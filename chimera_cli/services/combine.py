@@ -40,11 +40,13 @@ class Part:
         return read_sealed_json(self.group.seed_dir(self.seeds[seed]) / "result.json")
 
     def facts(self) -> dict[str, Any]:
-        """Return what group.json says of it: the run, its source, and the SHA-256 of each checkpoint."""
+        """Return what group.json says of it: the run, its command and source, and the SHA-256 of each checkpoint."""
         from chimera_cli.models.weights import file_hash
 
+        facts = self.group.facts
         hashes = {str(seed): file_hash(self.checkpoint(seed)) for seed in self.seeds}
-        return {"run": self.name, "source_hash": self.group.facts.get("source_hash"), "checkpoints": hashes}
+        made = {"command": facts.get("command"), "source_hash": facts.get("source_hash")}
+        return {"run": self.name, **made, "checkpoints": hashes}
 
 
 def combine(

@@ -298,8 +298,11 @@ def placeholders(subject: Subject) -> dict[str, str]:
 
 
 def command_of(group: Group) -> str:
-    """Return the command that made a group; "" where it is not known."""
-    return str(group.facts.get("command") or "")
+    """Return the command that trained a group; "" where it is not known, and for one that combines others.
+
+    Such a one takes neither seeds nor steps of a plan: its members do.
+    """
+    return "" if "combines" in group.facts else str(group.facts.get("command") or "")
 
 
 def measure_command(objective: Objective, judgement: Judgement, evidence: Evidence) -> str | None:

@@ -344,6 +344,8 @@ def _next_step(judgement: Judgement) -> tuple[Verdict | None, Step]:
 def _widening(group: Group) -> Step:
     """Return the command of a group with two seeds more; where the group does not say its command, there is none."""
     words = "Two more seeds narrow the interval."
+    if "combines" in group.facts:
+        return Step("more-seeds", f"{words} Train its members with them, and combine these again.")
     if not command_of(group):
         return Step("more-seeds", f"{words} The command of {group.name} is not recorded: repeat it with them.")
     seeds = more_seeds(group.seeds, len(group.seeds) + 2)

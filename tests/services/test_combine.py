@@ -25,6 +25,7 @@ from chimera_cli.services.eval_query import search_images
 from chimera_cli.services.report import report
 from chimera_cli.services.resume import resumable_group
 from chimera_cli.services.slo import check
+from chimera_cli.services.slo_plan import plan
 from chimera_cli.services.train import train_full
 
 pytestmark = pytest.mark.usefixtures("untracked")
@@ -56,7 +57,9 @@ def home(tmp_path_factory: pytest.TempPathFactory, small_pack_home: Path, untrac
         ("narrow", ("heads.dim=8", "text.max_tokens=6", "image.image_size=40"), (0, 1)),
         ("lonely", ("epochs=1",), (0,)),
     ):
-        train_full(home, load_config(TrainConfig, None, [*RECIPE, *changes]), seeds, label, "x")
+        train_full(
+            home, load_config(TrainConfig, None, [*RECIPE, *changes]), seeds, label, f"chimera train full --{label}"
+        )
     combine(home, ["train-wide", "train-narrow"], "both", "cpu", "chimera train combine train-wide train-narrow")
     return home
 
@@ -114,7 +117,13 @@ def test_the_other_commands_take_it_as_any_run(home: Path) -> None:
     told = report(home, name).markdown
     members = (run(home, "wide").name, run(home, "narrow").name)
     assert f"It is the mean of `{members[0]}`, `{members[1]}`. Times are those of one training after another." in told
-    assert check(home, name, profile="cpu")["run"] == name
+    assert "chimera train full --wide\nchimera train full --narrow\nchimera train combine train-wide" in told
+    judged = check(home, name, profile="cpu")
+    assert judged["run"] == name
+    hours = [one["figures"]["epoch_10k_pairs_s"] for one in run(home, "both").results()]
+    assert judged["figures"]["epoch_10k_pairs_s"] == max(hours), "the worst seed counts"
+    step = plan(home, name, profile="cpu")
+    assert "combine" not in str(step["command"])
     heard: list[Event] = []
     found = search_images(home, "a red circle on the grass with a dog", name, device="cpu", listener=heard.append)
     assert len(found["images"]) == 12
