@@ -200,6 +200,12 @@ class Group:
     def seeds(self) -> tuple[int, ...]:
         return tuple(self.facts["seeds"])
 
+    @property
+    def combines(self) -> tuple[Mapping[str, Any], ...]:
+        """What group.json says of the runs that this one is the mean of, () where it was trained itself."""
+        parts = self.facts.get("combines")
+        return tuple(part for part in parts if isinstance(part, Mapping)) if isinstance(parts, list) else ()
+
     def seed_dir(self, seed: int) -> Path:
         """Return the folder of one seed, whether it exists or not."""
         return self.path / f"seed-{seed}"

@@ -61,7 +61,7 @@ def write_stored(stored: Stored, path: Path) -> None:
 
 
 def model_of(stored: Stored, path: Path, device: torch.device) -> DualEncoder:
-    """Return the model that `stored`, the content of `path`, is of, ready to evaluate.
+    """Return the model of which `stored` is what `path` holds, ready to evaluate.
 
     Raises ChimeraError where they don't fit each other, or where the locked weights on this machine are not those it
     was trained with.

@@ -8,6 +8,7 @@ from chimera_cli.figures import FIGURES, format_value
 from chimera_cli.reporting.benchmarks import benchmarks_section
 from chimera_cli.reporting.document import Block, Code, Document, Mono, Paragraph, Section, Strong, Text, table
 from chimera_cli.reporting.facts import Evaluation, Facts
+from chimera_cli.reporting.reading import mapping_of
 from chimera_cli.reporting.retrieval import ladder_section, retrieval_section
 from chimera_cli.reporting.training_benchmarks import over_seeds
 from chimera_cli.reporting.verdicts import Verdicts, slo_section
@@ -59,23 +60,28 @@ def run_line(facts: Facts) -> Text:
 
 def _start(facts: Facts) -> tuple[Block, ...]:
     """Return which runs this one combines or began with, () where it began with pretrained towers alone."""
-    if parts := combined(facts):
+    if parts := facts.group.combines:
         names = [Mono(str(part.get("run"))) for part in parts]
         told = tuple(item for name in names for item in (", ", name))[1:]
-        return (Paragraph(("It is the mean of ", *told, ". Times are those of one training after another.")),)
-    start = facts.group.facts.get("init_from")
-    if not isinstance(start, Mapping):
-        return ()
-    packs = sorted({str(pack.get("name")) for pack in start.get("packs", []) if isinstance(pack, Mapping)})
-    learned = f", which has learned from {', '.join(packs)}" if packs else ""
-    said = f"{learned}. Times and rates are of this run alone."
-    return (Paragraph(("It began with the weights of ", Mono(str(start.get("run"))), said)),)
+        times = " Times are those of one training after another." if facts.figures.get("wall_s") else ""
+        began = [item for part, name in zip(parts, names, strict=True) for item in _began(part, name)]
+        return (Paragraph(("It is the mean of ", *told, f".{times}", *began)),)
+    began = _began(facts.group.facts, "It")
+    return (Paragraph((*began[1:], " Times and rates are of this run alone.")),) if began else ()
 
 
-def combined(facts: Facts) -> list[Mapping[str, Any]]:
-    """Return what group.json says of the runs that this one combines, [] where it was trained itself."""
-    parts = facts.group.facts.get("combines")
-    return [part for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
+def _began(facts: Mapping[str, Any], who: Mono | str) -> list[Mono | str]:
+    """Return the sentence that says what a run, or a member of one, learned from besides its pack; [] for nothing."""
+    start, stream = facts.get("init_from"), mapping_of(facts.get("stream")).get("pattern")
+    found: list[Mono | str] = []
+    if isinstance(start, Mapping):
+        packs = sorted({str(pack.get("name")) for pack in start.get("packs", []) if isinstance(pack, Mapping)})
+        learned = f", which has learned from {', '.join(packs)}" if packs else ""
+        began = ("It began" if who == "It" else " began") + " with the weights of "
+        found += [" ", *([] if who == "It" else [who]), began, Mono(str(start.get("run"))), f"{learned}."]
+    if stream and who != "It":
+        found += [" ", who, " learned from the stream ", Mono(str(stream)), "."]
+    return found
 
 
 def _plan(facts: Facts) -> tuple[Block, ...]:
@@ -169,7 +175,8 @@ def _environment(facts: Facts) -> Section:
 
 
 def _reproduce(facts: Facts, verdicts: Verdicts) -> Section:
-    text: Text = ("With the commit and the lock file above installed by ", Mono("make install"), ":")
+    names = "; the runs that you train have other times in their names" if facts.group.combines else ""
+    text: Text = ("With the commit and the lock file above installed by ", Mono("make install"), f"{names}:")
     lines = "\n".join(commands(facts, verdicts))
     return Section("reproduce", "Reproduce", (Paragraph(text), Code(lines, "sh")))
 
@@ -191,7 +198,7 @@ def commands(facts: Facts, verdicts: Verdicts) -> list[str]:
     wanted = [
         prepare_command(pack),
         *(item.group.facts.get("command") for item in benchmarks if item is not None),
-        *(part.get("command") for part in combined(facts)),
+        *(part.get("command") for part in facts.group.combines),
         facts_of.get("command"),
         *(f"chimera eval --run latest --split {split}" for split in splits),
         shlex.join(_on_latest(shlex.split(verdicts.command), facts.group.name)),

@@ -59,13 +59,13 @@ def evaluate_baseline(
     if name is None:
         return _alone(home, split, data, device, resamples, load_config(TrainConfig, recipe, changes), listener)
     subject = open_subject(home, name, split, data, device)
-    group, pack = subject.group, subject.pack
+    group, pack, settings = subject.group, subject.pack, _recipe_of(subject.group)
     learned = stored_evaluation(subject, resamples)
     if learned is None:
         learned = evaluate_group(home, name, split, data, device, resamples, None, listener)
     else:
         learned |= {"test_looks": count_look(group, subject.split, listener)}
-    model = _frozen(_recipe_of(group), subject.device)
+    model = _frozen(settings, subject.device)
     document = _measured(model, pack, subject.split, subject.device, resamples, listener)
     document |= {"group": group.name, "made_with": {key: group.facts.get(key) for key in MADE_WITH}}
     path = baseline_path(group, pack.name, subject.split)
@@ -130,8 +130,8 @@ def _alone(
 
 def _recipe_of(group: Group) -> TrainConfig:
     """Return the settings a run was trained with. Raises ChimeraError where they are not recorded, or are several."""
-    if "combines" in group.facts:
-        names = " or ".join(str(part.get("run")) for part in group.facts["combines"])
+    if group.combines:
+        names = " or ".join(str(part.get("run")) for part in group.combines)
         raise ChimeraError(f"{group.name} has the features of several recipes", f"--run {names}")
     paths = [group.seed_dir(seed) / "config.yaml" for seed in group.seeds]
     found = next((path for path in paths if path.is_file()), None)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from chimera_cli.data.pack import CaptionTable, Pack
     from chimera_cli.models.combination import Encoder
+    from chimera_cli.models.dual_encoder import DualEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +106,14 @@ def tell_of_length(model: "Encoder", texts: Sequence[str], what: str, listener: 
     """Say so where the model, or a member of it, does not read all of a text; `what` names one of them."""
     from chimera_cli.models.combination import members_of
 
-    shortest = min(members_of(model), key=lambda one: one.architecture.max_tokens)
-    most = shortest.architecture.max_tokens
-    cut = int((shortest.text_tower.token_table(texts, most + 1).lengths > most).sum())
+    cut, most = max((_cut(one, texts), one.architecture.max_tokens) for one in members_of(model))
     if cut:
         which = f"the {what} is" if len(texts) == 1 else f"{cut} of {len(texts)} {what}s are"
         message = f"{which} longer than the {most} tokens that the model reads: what comes after them is left out"
         listener(Note(message, "warning"))
+
+
+def _cut(model: "DualEncoder", texts: Sequence[str]) -> int:
+    """Return how many texts have more tokens than a model reads."""
+    most = model.architecture.max_tokens
+    return int((model.text_tower.token_table(texts, most + 1).lengths > most).sum())

@@ -41,8 +41,8 @@ def resumable_group(home: Path, name: str) -> Group:
 
     Raises UsageError where there is none, where it is finished, and for a single seed.
     """
-    groups = [group for group in list_groups(home, "train") if "combines" not in group.facts]
-    unfinished = [group for group in groups if group.status != "finished"]
+    groups = list_groups(home, "train")
+    unfinished = [group for group in groups if group.status != "finished" and not group.combines]
     if name == "latest":
         if not unfinished:
             raise UsageError("there is no training run to go on with", "`chimera runs list` shows what has been run")
@@ -50,6 +50,9 @@ def resumable_group(home: Path, name: str) -> Group:
     group, seed = resolve_run(home, name, groups=groups)
     if seed is not None:
         raise UsageError(f"{name} is one seed, and a whole group goes on", f"--resume {group.name}")
+    if group.combines:
+        members = " ".join(str(part.get("run")) for part in group.combines)
+        raise UsageError(f"{group.name} was combined, not trained", f"`chimera train combine {members}` does it again")
     if group.status == "finished":
         raise UsageError(f"{group.name} is finished", "start a new run, with more epochs perhaps")
     problem = seal_problem(group.facts)

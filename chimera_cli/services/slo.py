@@ -302,11 +302,11 @@ def command_of(group: Group) -> str:
 
     Such a one takes neither seeds nor steps of a plan: its members do.
     """
-    return "" if "combines" in group.facts else str(group.facts.get("command") or "")
+    return "" if group.combines else str(group.facts.get("command") or "")
 
 
 def measure_command(objective: Objective, judgement: Judgement, evidence: Evidence) -> str | None:
-    """Return the command that would make the missing evidence; None where another machine has to."""
+    """Return the command that would make the missing evidence; None where another machine, or other members have to."""
     from chimera_cli.services.runs import status_of
 
     subject = judgement.subject
@@ -322,6 +322,8 @@ def measure_command(objective: Objective, judgement: Judgement, evidence: Eviden
         return shlex.join(["chimera", "runs", "show", group.name])
     if len(subject.seeds) < objective.seeds_at_least <= len(group.seeds):
         return check_command(group.name, judgement.path, judgement.profile)
+    if group.combines:
+        return None
     if not command_of(group):
         return fill(objective.measure, values)
     return with_seeds(command_of(group), more_seeds(group.seeds, objective.seeds_at_least))

@@ -90,6 +90,7 @@ def _step_facts(
     objective, subject = verdict.objective, judgement.subject
     name = f"{objective.id}/{action.id}"
     group = verdict.evidence.group or subject.group
+    command: str | None
     if action.command is not None:
         command = fill(action.command, placeholders(subject))
     else:

@@ -194,6 +194,8 @@ def lineage(verdict: Verdict, subject: Subject) -> list[Group]:
         recipe = option(command_of(one), "--config")
         return one.kind, recipe, pack_of(one).get("fingerprint"), one.facts.get("hardware")
 
+    if group.combines:
+        return [group]
     same = identity(group)
     return [one for one in subject.groups if one.status == "finished" and identity(one) == same]
 
@@ -344,7 +346,7 @@ def _next_step(judgement: Judgement) -> tuple[Verdict | None, Step]:
 def _widening(group: Group) -> Step:
     """Return the command of a group with two seeds more; where the group does not say its command, there is none."""
     words = "Two more seeds narrow the interval."
-    if "combines" in group.facts:
+    if group.combines:
         return Step("more-seeds", f"{words} Train its members with them, and combine these again.")
     if not command_of(group):
         return Step("more-seeds", f"{words} The command of {group.name} is not recorded: repeat it with them.")
@@ -386,13 +388,21 @@ def _contingency(verdict: Verdict, judgement: Judgement) -> Step | None:
     if not left:
         return None
     first, rest = left[0], tuple(action.id for action in left[1:])
+    if group.combines and first.command is None:
+        words = "take a step with its members (`chimera slo plan --run MEMBER`), and combine these again"
+        return Step("contingency", f"{group.name} was combined: {words}.")
     if first.command is not None:
         return Step("contingency", first.do, fill(first.command, placeholders(subject)), first, rest)
     return Step("contingency", first.do, step_command(verdict.objective, first, group, judgement), first, rest)
 
 
-def step_command(objective: Objective, action: Action, group: Group, judgement: Judgement) -> str:
-    """Return the command that repeats a group with one more step of the plan; earlier steps stay in force."""
+def step_command(objective: Objective, action: Action, group: Group, judgement: Judgement) -> str | None:
+    """Return the command that repeats a group with one more step of the plan; earlier steps stay in force.
+
+    None for a group that was combined: its members take the step.
+    """
+    if group.combines:
+        return None
     command = command_of(group) or fill(objective.measure, placeholders(judgement.subject))
     steps = [*planned(command), f"{objective.id}/{action.id}"]
     planning = with_plan(command, [*dict.fromkeys(steps)])
@@ -405,6 +415,9 @@ def step_command(objective: Objective, action: Action, group: Group, judgement: 
 def _measurement(verdict: Verdict, judgement: Judgement) -> Step:
     objective, subject = verdict.objective, judgement.subject
     command = measure_command(objective, judgement, verdict.evidence)
+    if command is None and verdict.evidence.again and subject.group.combines:
+        seeds = f"{objective.seeds_at_least} seeds" if objective.seeds_at_least > 1 else "a seed"
+        return Step("measure", f"Train its members with one state of the source and {seeds}, and combine these again.")
     if command is None:
         machine = objective.hardware.upper()
         return Step("measure", f"Measure it on a machine with a {machine}, or check with the other --profile.")

@@ -62,18 +62,21 @@ def warm_start(home: Path, config: TrainConfig, seeds: Sequence[int]) -> WarmSta
 def finished_run(home: Path, name: str, hint: str) -> tuple[Group, int | None]:
     """Return the training run that `name` means, of those with a finished seed, and the seed where it names one.
 
-    Of several runs that begin so it is the newest. Raises UsageError with `hint` where there is none.
+    Of several runs that begin so it is the newest that was not combined. Raises UsageError with `hint` where there is
+    none.
     """
-    groups = [group for group in list_groups(home, "train") if finished_seeds(group)]
+    groups = list_groups(home, "train")
     begun = name.removeprefix("runs/").partition("/")[0]
+    trained = [group for group in groups if not group.combines]
+    if begun == "latest":
+        return resolve_run(home, name, groups=trained)
     exact = [group for group in groups if group.name == begun]
-    fitting = exact or [group for group in groups if begun and group.name.startswith(begun)]
-    if begun != "latest" and not fitting:
-        raise UsageError(
-            f"there is no training run {begun!r} with a finished seed",
-            hint,
-        )
-    return resolve_run(home, name, groups=fitting[:1] or groups)
+    fitting = exact or [group for group in trained if begun and group.name.startswith(begun)]
+    # The newest first: what is broken in another run says nothing against the one that is meant.
+    found = next((group for group in fitting if finished_seeds(group)), None)
+    if found is None:
+        raise UsageError(f"there is no training run {begun!r} with a finished seed", hint)
+    return resolve_run(home, name, groups=[found])
 
 
 def finished_seeds(group: Group) -> list[int]:
