@@ -106,7 +106,7 @@ def full(
 
 @app.command("combine")
 def combine(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Finished runs, or a seed of each (RUN/seed-1).")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Finished runs, or a seed of each (RUN/seed-1).")],
     label: Annotated[str, typer.Option(help="Goes into the name of the new run.")] = "combined",
     device: Device = "auto",
     as_json: Json = False,

@@ -311,6 +311,9 @@ def test_the_command_prints_the_figures_of_the_new_run(
     assert printed["figures"]["rsum"] == pytest.approx(
         sum(one["details"]["best_dev"]["rsum"] for one in run(home, "both").results()) / 2
     )
+    app(["runs", "show", printed["group"]], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert [line.split()[1] for line in shown.splitlines() if line.startswith("member")] == printed["members"]
     app(words, standalone_mode=False)
     printed_words = capsys.readouterr()
     assert f"{run(home, 'narrow').name}" in printed_words.out
