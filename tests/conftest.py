@@ -66,10 +66,14 @@ def small_home(small_pack_home: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture(scope="module")
-def untracked() -> Iterator[None]:
-    """Leave MLflow out of this process, which takes seconds for each run; processes of their own have it."""
+def lean() -> Iterator[None]:
+    """Leave out of this process what takes seconds and has tests of its own: MLflow, and the compiling of towers.
+
+    Processes that a test starts have both.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("chimera_cli.tracking.track", lambda *_: nullcontext(lambda _event: None))
+        patch.setattr("chimera_cli.models.sessions.session_backend", lambda: None)
         yield
 
 

@@ -29,7 +29,7 @@ from chimera_cli.services.slo_explain import explain_objective
 from chimera_cli.services.slo_plan import plan
 from chimera_cli.services.train import train_full
 
-pytestmark = pytest.mark.usefixtures("untracked")
+pytestmark = pytest.mark.usefixtures("lean")
 
 CPU = torch.device("cpu")
 RECIPE = (
@@ -48,7 +48,7 @@ def checkpoint(home: Path, name: str, seed: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, small_pack_home: Path, untracked: None) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory, small_pack_home: Path, lean: None) -> Path:
     """A home with two runs of seeds 0 and 1, one of seed 0 alone, and the first two together."""
     home = tmp_path_factory.mktemp("combine")
     (home / "data").mkdir()

@@ -24,7 +24,7 @@ from chimera_cli.services.eval_query import search_images
 from chimera_cli.services.report import report
 from chimera_cli.services.train import train_full
 
-pytestmark = pytest.mark.usefixtures("untracked")
+pytestmark = pytest.mark.usefixtures("lean")
 
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "turquoise")
 SCRATCH = (
@@ -35,7 +35,7 @@ SCRATCH = (
 
 
 @pytest.fixture(scope="module")
-def trained(toy_pack_home: Path, tmp_path_factory: pytest.TempPathFactory, untracked: None) -> Path:
+def trained(toy_pack_home: Path, tmp_path_factory: pytest.TempPathFactory, lean: None) -> Path:
     """A home with the toy pack and a small run of two seeds, trained on it. Read-only."""
     home = tmp_path_factory.mktemp("trained")
     shutil.copytree(toy_pack_home / "data", home / "data", ignore=shutil.ignore_patterns(".*"))

@@ -26,7 +26,7 @@ from chimera_cli.training.distributed import Processes
 from chimera_cli.training.large_batch import backward
 from chimera_cli.training.loop import LoopState
 
-pytestmark = pytest.mark.usefixtures("untracked")
+pytestmark = pytest.mark.usefixtures("lean")
 
 # A tower from scratch has the statistics of its batch: of all measures only a smaller image is left to it.
 SETTINGS = (
@@ -61,7 +61,7 @@ def measures(group: Group, seed: int = 0) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def plain(small_pack_home: Path, tmp_path_factory: pytest.TempPathFactory, untracked: None) -> Group:
+def plain(small_pack_home: Path, tmp_path_factory: pytest.TempPathFactory, lean: None) -> Group:
     """Two seeds at 64 pixels as nobody had to change anything about them."""
     home = tmp_path_factory.mktemp("plain")
     (home / "data").mkdir()

@@ -22,7 +22,7 @@ from chimera_cli.services.session import cut_back, stoppable
 from chimera_cli.services.train import train_full
 from chimera_cli.training.losses import LOSSES, infonce
 
-pytestmark = pytest.mark.usefixtures("untracked")
+pytestmark = pytest.mark.usefixtures("lean")
 
 # Everything that draws random numbers or has a state of its own: dropout, crops, flips, batch statistics, an average.
 SETTINGS = (
@@ -83,7 +83,7 @@ def weights(group: Group, seed: int = 0) -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(small_pack_home: Path, tmp_path_factory: pytest.TempPathFactory, untracked: None) -> Group:
+def whole(small_pack_home: Path, tmp_path_factory: pytest.TempPathFactory, lean: None) -> Group:
     """The uninterrupted run of seed 0."""
     home = tmp_path_factory.mktemp("whole")
     (home / "data").mkdir()

@@ -27,7 +27,7 @@ from chimera_cli.services.streaming import open_stream, stream_pairs
 from chimera_cli.services.train import train_full
 from chimera_cli.training.batches import PairBatch
 
-pytestmark = pytest.mark.usefixtures("untracked")
+pytestmark = pytest.mark.usefixtures("lean")
 
 TRAIN, DEV = 120, 40
 TOY = make_toy({"train": TRAIN, "dev": DEV})

@@ -15,7 +15,7 @@ from chimera_cli.runs import latest_group, list_groups, read_json_lines, resolve
 from chimera_cli.services.sanity import train_sanity
 from chimera_cli.services.train import train_full
 
-pytestmark = pytest.mark.usefixtures("untracked")
+pytestmark = pytest.mark.usefixtures("lean")
 
 SCRATCH = (
     "data=toy", "image.weights=tiny", "image.locked=false", "image.image_size=32",

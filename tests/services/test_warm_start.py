@@ -28,7 +28,7 @@ from chimera_cli.services.time_to_target import refuse_unfit
 from chimera_cli.services.train import train_full
 from chimera_cli.services.warm_start import tell_start, warm_start
 
-pytestmark = pytest.mark.usefixtures("untracked")
+pytestmark = pytest.mark.usefixtures("lean")
 
 CPU = torch.device("cpu")
 # One text layer learns, so that there can be more and fewer.
@@ -45,7 +45,7 @@ def recipe(*changes: str) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory, small_pack_home: Path, untracked: None) -> Path:
+def first(tmp_path_factory: pytest.TempPathFactory, small_pack_home: Path, lean: None) -> Path:
     """A home with a finished run of seeds 0 and 1."""
     home = tmp_path_factory.mktemp("warm")
     (home / "data").mkdir()
