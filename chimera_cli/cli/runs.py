@@ -90,7 +90,7 @@ def _run_page(result: Mapping[str, Any]) -> RenderableType:
         ("pack", result["pack"] or "–"),
         ("begun", f"{result['created_at'][:19].replace('T', ' ')} UTC, {age(result['age_s'])} ago"),
         ("command", str(known.get("command") or "–")),
-        *(("member", str(part["run"])) for part in known.get("combines") or []),
+        *(("member", name) for name in result["members"]),
         ("hardware", _hardware(known.get("hardware") or {})),
         ("source", str(known.get("source_hash") or "–")[:12]),
         ("looks at test", str(known.get("test_looks", 0))),

@@ -44,6 +44,7 @@ def show_run(home: Path, name: str) -> dict[str, Any]:
         "figures": {figure: None if summary is None else summary.as_dict() for figure, summary in summaries.items()},
         "by_seed": {str(result["seed"]): result["figures"] for result in results},
         "evaluations": _evaluations(group, seed),
+        "members": [str(part.get("run")) for part in group.combines],
         "mlflow": _mlflow_ids(group),
     }
 
